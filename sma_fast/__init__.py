@@ -1,0 +1,33 @@
+"""Self-guided masking for masked autoencoders: from queries and keys to mask, ids and tokens."""
+
+from sma_fast._dispatch import backends, show_config, use_backend
+from sma_fast.ops import (
+    SelfGuidedMasking,
+    TokenSelection,
+    aggregate_attention,
+    attention_scores,
+    draw_queries,
+    gather_tokens,
+    random_masking,
+    restore_tokens,
+    select_tokens,
+    self_guided_masking,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SelfGuidedMasking",
+    "TokenSelection",
+    "aggregate_attention",
+    "attention_scores",
+    "backends",
+    "draw_queries",
+    "gather_tokens",
+    "random_masking",
+    "restore_tokens",
+    "select_tokens",
+    "self_guided_masking",
+    "show_config",
+    "use_backend",
+]

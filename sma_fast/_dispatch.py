@@ -1,0 +1,163 @@
+"""Which implementation answers on which device.
+
+A backend is a set of implementations of the registered ops. Each device has an order of preference;
+the first backend that is there, has the op and takes the dtype answers. `use_backend` forces one:
+then nothing else may answer.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterator
+
+import torch
+
+from sma_fast import reference
+from sma_fast._schema import SCHEMAS, library
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_forced: str | None = None
+
+
+class Unavailable(Exception):
+    """Why a backend, or one op of it, cannot answer here."""
+
+
+def implementation(backend: str, op: str, device_type: str) -> Callable:
+    """Returns the function of `backend` for `op`, or raises Unavailable with the reason."""
+    if backend == "reference":
+        return getattr(reference, op)
+    if backend == "triton":
+        return _triton(op, device_type)
+    if device_type != backend:
+        raise Unavailable(f"backend {backend!r} does not run on device {device_type!r}")
+    from sma_fast import _native
+
+    return _native.implementation(backend, op)
+
+
+def _triton(op: str, device_type: str) -> Callable:
+    if importlib.util.find_spec("triton") is None:
+        raise Unavailable("triton is not installed: pip install triton")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
+        raise Unavailable("triton runs on CUDA devices, on others under TRITON_INTERPRET=1")
+    if importlib.util.find_spec(f"sma_fast.kernels.{op}") is None:
+        raise Unavailable(f"no Triton kernel for {op} yet")
+    return importlib.import_module(f"sma_fast.kernels.{op}").launch
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -> Callable:
+    reasons = []
+    for backend in (forced,) if forced else _ORDER.get(device_type, ("reference",)):
+        try:
+            function = implementation(backend, op, device_type)
+        except Unavailable as reason:
+            reasons.append(f"{backend}: {reason}")
+            continue
+        dtypes = getattr(function, "dtypes", None)
+        if dtypes is None or dtype in dtypes:
+            return function
+        reasons.append(f"{backend}: {op} does not take {dtype}")
+    raise RuntimeError(
+        f"sma_fast.{op} has no implementation for {device_type} {dtype} here: "
+        f"{'; '.join(reasons)}. sma_fast.backends() lists what there is; "
+        "leave use_backend() or unset SMA_FAST_BACKEND to let sma_fast choose"
+    )
+
+
+def _register(op: str, device_type: str, key: str) -> None:
+    def call(first, *rest):
+        return _choose(op, device_type, first.dtype, _forced)(first, *rest)
+
+    library.impl(op, call, key)
+
+
+for _op in SCHEMAS:
+    _register(_op, "cpu", "CPU")
+    _register(_op, "cuda", "CUDA")
+    library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, allowed are {', '.join(BACKENDS)}")
+    return name
+
+
+if os.environ.get("SMA_FAST_BACKEND"):
+    _forced = _check_backend(os.environ["SMA_FAST_BACKEND"], "SMA_FAST_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend inside the `with` block, for the whole process.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: from an op inside the block that the backend does not have on its device.
+    """
+    global _forced
+    before, _forced = _forced, _check_backend(name, "name")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backends() -> dict[str, dict[str, dict[str, str]]]:
+    """Returns, per op and device, which implementation answers and why the others do not.
+
+    Returns:
+        ``{op: {device: {backend: state}}}``; the state is "answers" for the one that is called
+        (for float32), "ready" for one that could be forced, and otherwise the reason.
+    """
+    table: dict[str, dict[str, dict[str, str]]] = {}
+    for op in SCHEMAS:
+        table[op] = {}
+        for device in ("cpu", "cuda"):
+            states = {}
+            order = (_forced,) if _forced else _ORDER[device]
+            for backend in sorted(BACKENDS, key=lambda b: order.index(b) if b in order else 9):
+                try:
+                    implementation(backend, op, device)
+                except (Unavailable, RuntimeError) as reason:
+                    states[backend] = str(reason)
+                    continue
+                if device == "cuda" and not torch.cuda.is_available():
+                    states[backend] = "no CUDA device that torch can use"
+                elif backend in order and "answers" not in states.values():
+                    states[backend] = "answers"
+                else:
+                    states[backend] = "ready"
+            table[op][device] = states
+    return table
+
+
+def show_config() -> str:
+    """Returns versions, instruction set in use, CUDA architectures built and threads, as text."""
+    from sma_fast import _native
+
+    build = _native.build_info()
+    triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
+    lines = {
+        "sma_fast": importlib.metadata.version("sma_fast"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton or "not installed",
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        **build,
+        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "forced backend": _forced or "none",
+    }
+    return "\n".join(f"{name}: {value}" for name, value in lines.items())
