@@ -145,12 +145,13 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
 
 def show_config() -> str:
     """Returns versions, instruction set in use, CUDA architectures built and threads, as text."""
+    import sma_fast
     from sma_fast import _native
 
     build = _native.build_info()
     triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
     lines = {
-        "sma_fast": importlib.metadata.version("sma_fast"),
+        "sma_fast": sma_fast.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton or "not installed",

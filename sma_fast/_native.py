@@ -1,6 +1,457 @@
-"""Stub until the native module lands."""
-from sma_fast import _dispatch
-def implementation(backend, op):
-    raise _dispatch.Unavailable("not built")
-def build_info():
-    return {}
+"""The native module: outputs are allocated here with torch, addresses and strides handed over.
+
+One function per op and device; `dtypes` of a function says what it takes (None: anything).
+"""
+
+import collections
+import functools
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sma_fast import _dispatch, reference
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_REDUCE = {"mean": 0, "sum": 1, "none": 2}
+_SCORES = (torch.float32, torch.bfloat16, torch.float16)
+_ROWS = (*_SCORES, torch.float64)
+
+# how often each native function ran: (backend, op) -> calls; tests look at it
+calls: collections.Counter = collections.Counter()
+
+
+@functools.lru_cache(maxsize=None)
+def _module():
+    """Returns the compiled module, or raises why there is none."""
+    if importlib.util.find_spec("sma_fast._C") is None:
+        note = Path(__file__).with_name("_build.json")
+        reason = json.loads(note.read_text())["not_built"] if note.exists() else ""
+        raise _dispatch.Unavailable(
+            f"native module not built: {reason or 'the package was not installed with pip'}"
+        )
+    try:
+        return importlib.import_module("sma_fast._C")
+    except (ImportError, ValueError) as error:
+        raise RuntimeError(
+            f"the native module of sma_fast is there but failed to load: {error}. Install sma_fast "
+            "again where it runs, or set SMA_FAST_BACKEND=reference to do without it"
+        ) from error
+
+
+def implementation(backend: str, op: str) -> Callable:
+    """Returns the function of `backend` ("cpu" or "cuda") for `op`, or raises Unavailable."""
+    module = _module()
+    if backend == "cuda":
+        if not hasattr(module, "cuda_gather_tokens"):
+            raise _dispatch.Unavailable("built without CUDA: no nvcc was found at installation")
+        if not torch.cuda.is_available():
+            raise _dispatch.Unavailable("no CUDA device that torch can use")
+        if op not in _CUDA:
+            raise _dispatch.Unavailable(f"no CUDA kernel for {op} yet")
+        return _CUDA[op]
+    return _CPU[op]
+
+
+def build_info() -> dict[str, object]:
+    """Returns what the native module was built for, or why there is none."""
+    try:
+        return dict(_module().build_info())
+    except (_dispatch.Unavailable, RuntimeError) as reason:
+        return {"native module": str(reason)}
+
+
+def cpu_instruction_sets() -> tuple[str, ...]:
+    """Returns the instruction sets that are built in and that this processor has, best last."""
+    try:
+        return tuple(_module().cpu_instruction_sets())
+    except _dispatch.Unavailable:
+        return ()
+
+
+def set_cpu_isa(name: str) -> str:
+    """Uses one instruction set from now on, for the whole process; returns the one before."""
+    return _module().set_cpu_isa(name)
+
+
+# The CPU
+
+
+def attention_scores(
+    query, key, query_index, head_index, key_padding_mask, scale, head_reduce
+) -> Tensor:
+    batch, _, tokens, _ = key.shape
+    shape = (batch, query.shape[1], tokens) if head_reduce == "none" else (batch, tokens)
+    scores = torch.empty(shape, dtype=torch.float32)
+    query_index, head_index, key_padding_mask = _contiguous(
+        query_index, head_index, key_padding_mask
+    )
+    calls["cpu", "attention_scores"] += 1
+    _module().attention_scores(
+        *_attention(query, key, query_index, head_index, key_padding_mask),
+        scale,
+        _REDUCE[head_reduce],
+        scores.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return scores
+
+
+def aggregate_attention(attention, query_index, head_index, head_reduce, logits) -> Tensor:
+    batch, heads, queries, tokens = attention.shape
+    shape = (batch, heads, tokens) if head_reduce == "none" else (batch, tokens)
+    scores = torch.empty(shape, dtype=torch.float32)
+    query_index, head_index = _contiguous(query_index, head_index)
+    calls["cpu", "aggregate_attention"] += 1
+    _module().aggregate_attention(
+        attention.data_ptr(),
+        _DTYPES[attention.dtype],
+        batch,
+        heads,
+        queries,
+        tokens,
+        queries if query_index is None else query_index.shape[1],
+        attention.stride(),
+        _address(query_index),
+        _address(head_index),
+        _REDUCE[head_reduce],
+        logits,
+        scores.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return scores
+
+
+def select_tokens(
+    scores,
+    key_padding_mask,
+    noise,
+    mask_ratio,
+    num_masked,
+    num_masked_rows,
+    max_masked,
+    random_fraction,
+    pool_ratio,
+) -> tuple[Tensor, ...]:
+    batch, tokens = scores.shape
+    visible, masked = reference.selection_widths(
+        tokens, mask_ratio, num_masked, num_masked_rows is not None, max_masked
+    )
+    if num_masked_rows is not None:
+        num_masked_rows = num_masked_rows.long().contiguous()
+    scores = scores.float().contiguous()
+    key_padding_mask, noise = _contiguous(key_padding_mask, noise)
+    selection = _selection(batch, tokens, visible, masked)
+    calls["cpu", "select_tokens"] += 1
+    _module().select_tokens(
+        scores.data_ptr(),
+        _address(key_padding_mask),
+        _address(noise),
+        batch,
+        tokens,
+        visible,
+        masked,
+        -1.0 if mask_ratio is None else mask_ratio,
+        _address(num_masked_rows),
+        0 if num_masked is None else num_masked,
+        random_fraction,
+        -1.0 if pool_ratio is None else pool_ratio,
+        *[x.data_ptr() for x in selection],
+        torch.get_num_threads(),
+    )
+    return selection
+
+
+def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
+    batch, candidates = noise.shape
+    if num_queries_rows is not None:
+        num_queries_rows = num_queries_rows.long().contiguous()
+    noise, padding_mask = _contiguous(noise, padding_mask)
+    query_index = torch.empty((batch, num_queries), dtype=torch.int64)
+    calls["cpu", "draw_queries"] += 1
+    _module().draw_queries(
+        noise.data_ptr(),
+        _address(padding_mask),
+        _address(num_queries_rows),
+        batch,
+        candidates,
+        num_queries,
+        query_index.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return query_index
+
+
+def gather_tokens(tokens, ids) -> Tensor:
+    batch, visible = ids.shape
+    tokens, ids = _contiguous_rows(tokens), ids.contiguous()
+    out = torch.empty((batch, visible) + tokens.shape[2:], dtype=tokens.dtype)
+    calls["cpu", "gather_tokens"] += 1
+    _module().gather_tokens(
+        _gather(tokens, out),
+        batch,
+        tokens.shape[1],
+        visible,
+        ids.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def gather_tokens_backward(grad, ids, num_tokens) -> Tensor:
+    batch, visible = ids.shape
+    grad, ids = grad.contiguous(), ids.contiguous()
+    out = torch.empty((batch, num_tokens) + grad.shape[2:], dtype=grad.dtype)
+    calls["cpu", "gather_tokens_backward"] += 1
+    _module().gather_tokens_backward(
+        grad.data_ptr(),
+        _DTYPES[grad.dtype],
+        batch,
+        visible,
+        num_tokens,
+        grad.shape[2:].numel(),
+        ids.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def restore_tokens(visible, ids_restore, fill) -> Tensor:
+    batch, count, width = visible.shape
+    tokens = ids_restore.shape[1]
+    visible, ids_restore = _contiguous_rows(visible), ids_restore.contiguous()
+    shared = fill.dim() == 1
+    fill = fill.contiguous() if shared else _contiguous_rows(fill)
+    size = visible.element_size()
+    out = torch.empty((batch, tokens, width), dtype=visible.dtype)
+    calls["cpu", "restore_tokens"] += 1
+    _module().restore_tokens(
+        visible.data_ptr(),
+        visible.stride(0) * size,
+        visible.stride(1) * size,
+        fill.data_ptr(),
+        0 if shared else fill.stride(0) * size,
+        0 if shared else fill.stride(1) * size,
+        width * size,
+        batch,
+        count,
+        tokens if shared else fill.shape[1],
+        tokens,
+        ids_restore.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def restore_tokens_backward(grad, ids_restore, num_visible, num_fill) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = grad.shape
+    grad, ids_restore = grad.contiguous(), ids_restore.contiguous()
+    shared = num_fill is None
+    grad_visible = torch.empty((batch, num_visible, width), dtype=grad.dtype)
+    grad_fill = torch.empty((width,) if shared else (batch, num_fill, width), dtype=grad.dtype)
+    calls["cpu", "restore_tokens_backward"] += 1
+    _module().restore_tokens_backward(
+        grad.data_ptr(),
+        _DTYPES[grad.dtype],
+        batch,
+        tokens,
+        num_visible,
+        tokens if shared else num_fill,
+        width,
+        shared,
+        ids_restore.data_ptr(),
+        grad_visible.data_ptr(),
+        grad_fill.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_visible, grad_fill
+
+
+def self_guided_masking(
+    query,
+    key,
+    tokens,
+    query_index,
+    head_index,
+    key_padding_mask,
+    noise,
+    mask_ratio,
+    scale,
+    head_reduce,
+    mask_queries,
+    random_fraction,
+    pool_ratio,
+) -> tuple:
+    batch, _, count, _ = key.shape
+    width_visible, width_masked = reference.selection_widths(count, mask_ratio, None, False, None)
+    query_index, head_index, key_padding_mask, noise = _contiguous(
+        query_index, head_index, key_padding_mask, noise
+    )
+    scores = torch.empty((batch, count), dtype=torch.float32)
+    selection = _selection(batch, count, width_visible, width_masked)
+    tokens = [_contiguous_rows(x) for x in tokens]
+    visible = [
+        torch.empty((batch, width_visible) + x.shape[2:], dtype=x.dtype) for x in tokens
+    ]
+    calls["cpu", "self_guided_masking"] += 1
+    _module().self_guided_masking(
+        *_attention(query, key, query_index, head_index, key_padding_mask),
+        scale,
+        _REDUCE[head_reduce],
+        scores.data_ptr(),
+        _address(noise),
+        width_visible,
+        width_masked,
+        mask_ratio,
+        mask_queries,
+        random_fraction,
+        -1.0 if pool_ratio is None else pool_ratio,
+        *[x.data_ptr() for x in selection],
+        [_gather(x, out) for x, out in zip(tokens, visible, strict=True)],
+        torch.get_num_threads(),
+    )
+    return (*selection, scores, visible)
+
+
+def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count = tokens.shape[:2]
+    keep = int(count * (1 - mask_ratio))
+    tokens, noise = _contiguous_rows(tokens), noise.contiguous()
+    visible = torch.empty((batch, keep) + tokens.shape[2:], dtype=tokens.dtype)
+    ids_visible = torch.empty((batch, keep), dtype=torch.int64)
+    mask = torch.empty((batch, count), dtype=torch.float32)
+    ids_restore = torch.empty((batch, count), dtype=torch.int64)
+    calls["cpu", "random_masking"] += 1
+    _module().random_masking(
+        _gather(tokens, visible),
+        noise.data_ptr(),
+        batch,
+        count,
+        keep,
+        ids_visible.data_ptr(),
+        mask.data_ptr(),
+        ids_restore.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return visible, mask, ids_restore
+
+
+# CUDA
+
+
+def cuda_gather_tokens(tokens, ids) -> Tensor:
+    batch, visible = ids.shape
+    tokens, ids = _contiguous_rows(tokens), ids.contiguous()
+    reference.check_index("ids", ids, -1, tokens.shape[1])
+    out = torch.empty((batch, visible) + tokens.shape[2:], dtype=tokens.dtype, device=tokens.device)
+    calls["cuda", "gather_tokens"] += 1
+    _module().cuda_gather_tokens(
+        _gather(tokens, out),
+        batch,
+        tokens.shape[1],
+        visible,
+        ids.data_ptr(),
+        tokens.device.index,
+        torch.cuda.current_stream(tokens.device).cuda_stream,
+    )
+    return out
+
+
+attention_scores.dtypes = _SCORES
+aggregate_attention.dtypes = _SCORES
+select_tokens.dtypes = _SCORES
+self_guided_masking.dtypes = _SCORES
+gather_tokens_backward.dtypes = _ROWS
+restore_tokens.dtypes = _ROWS
+restore_tokens_backward.dtypes = _ROWS
+
+_CPU = {
+    function.__name__: function
+    for function in (
+        attention_scores,
+        aggregate_attention,
+        select_tokens,
+        draw_queries,
+        gather_tokens,
+        gather_tokens_backward,
+        restore_tokens,
+        restore_tokens_backward,
+        self_guided_masking,
+        random_masking,
+    )
+}
+_CUDA = {"gather_tokens": cuda_gather_tokens}
+
+
+# What the functions above share
+
+
+def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
+    batch, kv_heads, tokens, width = key.shape
+    _, heads, queries, _ = query.shape
+    strides = query.stride()
+    if query.shape[0] == 1:
+        strides = (0, *strides[1:])
+    return (
+        query.data_ptr(),
+        key.data_ptr(),
+        _DTYPES[key.dtype],
+        batch,
+        heads,
+        kv_heads,
+        queries,
+        tokens,
+        queries if query_index is None else query_index.shape[1],
+        width,
+        strides,
+        key.stride(),
+        _address(query_index),
+        _address(head_index),
+        _address(key_padding_mask),
+    )
+
+
+def _selection(batch: int, tokens: int, visible: int, masked: int) -> tuple[Tensor, ...]:
+    return (
+        torch.empty((batch, tokens), dtype=torch.bool),
+        torch.empty((batch, visible), dtype=torch.int64),
+        torch.empty((batch, masked), dtype=torch.int64),
+        torch.empty((batch, tokens), dtype=torch.int64),
+        torch.empty(batch, dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int32),
+    )
+
+
+def _gather(tokens: Tensor, out: Tensor) -> tuple[int, ...]:
+    size = tokens.element_size()
+    return (
+        tokens.data_ptr(),
+        tokens.stride(0) * size,
+        tokens.stride(1) * size,
+        tokens.shape[2:].numel() * size,
+        out.data_ptr(),
+    )
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    # any strides between rows; a row itself in one piece
+    expected = 1
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

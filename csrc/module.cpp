@@ -1,0 +1,424 @@
+// The Python module: the only file that knows pybind11. Every function takes addresses (0: none),
+// sizes and strides, picks the instruction set, and runs without the interpreter lock.
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "args.h"
+#include "cpu/kernels.h"
+#ifdef SMA_CUDA_ARCHS
+#include "cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+using namespace sma;
+
+namespace {
+
+using Address = uintptr_t;
+using Four = std::array<int64_t, 4>;
+
+template <class T>
+T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+// Instruction sets that were compiled and that this processor has, the best one last.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> sets = {&kernels_baseline()};
+#ifdef SMA_HAVE_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (avx2) sets.push_back(&kernels_avx2());
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    sets.push_back(&kernels_avx512());
+#endif
+  return sets;
+}
+
+std::vector<std::string> cpu_instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* k : runnable()) names.push_back(k->name);
+  return names;
+}
+
+const Kernels* pick(const std::string& name) {
+  std::string names;
+  for (const Kernels* k : runnable()) {
+    if (name == k->name) return k;
+    names += names.empty() ? k->name : std::string(", ") + k->name;
+  }
+  throw py::value_error("SMA_FAST_CPU_ISA: got '" + name + "', allowed here is " + names);
+}
+
+const Kernels*& kernels() {
+  static const Kernels* chosen = [] {
+    const char* name = std::getenv("SMA_FAST_CPU_ISA");
+    return name != nullptr && *name != 0 ? pick(name) : runnable().back();
+  }();
+  return chosen;
+}
+
+std::string set_cpu_isa(const std::string& name) {
+  const std::string before = kernels()->name;
+  kernels() = pick(name);
+  return before;
+}
+
+void check_index(const char* name, const int64_t* index, int64_t count, int64_t low,
+                 int64_t high) {
+  int64_t least = low, most = high - 1;
+  for (int64_t i = 0; i < count; ++i) {
+    least = index[i] < least ? index[i] : least;
+    most = index[i] > most ? index[i] : most;
+  }
+  if (least >= low && most < high) return;
+  throw py::value_error(std::string(name) + ": holds " + std::to_string(least < low ? least : most) +
+                        ", allowed is " + std::to_string(low) + " to " + std::to_string(high - 1));
+}
+
+void check_counts(const char* name, const int64_t* counts, int64_t count) {
+  for (int64_t i = 0; counts != nullptr && i < count; ++i)
+    if (counts[i] < 0)
+      throw py::value_error(std::string(name) + ": holds " + std::to_string(counts[i]) +
+                            ", allowed is at least 0");
+}
+
+// heads count only where a query is selected
+void check_heads(const int64_t* query_index, const int64_t* head_index, int64_t count,
+                 int64_t heads) {
+  for (int64_t i = 0; head_index != nullptr && i < count; ++i)
+    if (query_index == nullptr || query_index[i] >= 0)
+      check_index("head_index", head_index + i, 1, 0, heads);
+}
+
+void copy(const Four& from, int64_t* to) {
+  for (int i = 0; i < 4; ++i) to[i] = from[i];
+}
+
+AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_t batch,
+                                   int64_t heads, int64_t kv_heads, int64_t queries,
+                                   int64_t tokens, int64_t selected, int64_t width,
+                                   const Four& query_strides, const Four& key_strides,
+                                   Address query_index, Address head_index, Address padding,
+                                   double scale, int reduce, Address scores, int threads) {
+  AttentionScoresArgs a = {};
+  a.query = at<void>(query);
+  a.key = at<void>(key);
+  a.dtype = dtype;
+  a.batch = batch;
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.queries = queries;
+  a.tokens = tokens;
+  a.selected = selected;
+  a.width = width;
+  copy(query_strides, a.query_strides);
+  copy(key_strides, a.key_strides);
+  a.query_index = at<int64_t>(query_index);
+  a.head_index = at<int64_t>(head_index);
+  a.padding = at<uint8_t>(padding);
+  a.scale = static_cast<float>(scale);
+  a.reduce = reduce;
+  a.scores = at<float>(scores);
+  a.threads = threads;
+  if (a.query_index != nullptr)
+    check_index("query_index", a.query_index, batch * selected, -1, queries);
+  check_heads(a.query_index, a.head_index, batch * selected, heads);
+  return a;
+}
+
+SelectTokensArgs select_args(Address scores, Address padding, Address noise, int64_t batch,
+                             int64_t tokens, int64_t width_visible, int64_t width_masked,
+                             double mask_ratio, Address num_masked_rows, int64_t num_masked,
+                             double random_fraction, double pool_ratio, Address mask,
+                             Address ids_visible, Address ids_masked, Address ids_restore,
+                             Address num_visible_out, Address num_masked_out, int threads) {
+  SelectTokensArgs a = {};
+  a.scores = at<float>(scores);
+  a.padding = at<uint8_t>(padding);
+  a.noise = at<float>(noise);
+  a.batch = batch;
+  a.tokens = tokens;
+  a.width_visible = width_visible;
+  a.width_masked = width_masked;
+  a.mask_ratio = mask_ratio;
+  a.num_masked_rows = at<int64_t>(num_masked_rows);
+  a.num_masked = num_masked;
+  a.random_fraction = random_fraction;
+  a.pool_ratio = pool_ratio;
+  a.mask = at<uint8_t>(mask);
+  a.ids_visible = at<int64_t>(ids_visible);
+  a.ids_masked = at<int64_t>(ids_masked);
+  a.ids_restore = at<int64_t>(ids_restore);
+  a.out_num_visible = at<int32_t>(num_visible_out);
+  a.out_num_masked = at<int32_t>(num_masked_out);
+  a.threads = threads;
+  check_counts("num_masked", a.num_masked_rows, batch);
+  return a;
+}
+
+// One tensor to gather: address, strides and row in bytes, and the output's address.
+using Gather = std::array<int64_t, 5>;
+
+GatherTokensArgs gather_args(const Gather& g, int64_t batch, int64_t tokens, int64_t visible,
+                             Address ids, int threads) {
+  GatherTokensArgs a = {};
+  a.tokens = at<void>(static_cast<Address>(g[0]));
+  a.batch_bytes = g[1];
+  a.token_bytes = g[2];
+  a.row_bytes = g[3];
+  a.out = at<void>(static_cast<Address>(g[4]));
+  a.batch = batch;
+  a.tokens_count = tokens;
+  a.visible = visible;
+  a.ids = at<int64_t>(ids);
+  a.threads = threads;
+  return a;
+}
+
+void attention_scores(Address query, Address key, int dtype, int64_t batch, int64_t heads,
+                      int64_t kv_heads, int64_t queries, int64_t tokens, int64_t selected,
+                      int64_t width, const Four& query_strides, const Four& key_strides,
+                      Address query_index, Address head_index, Address padding, double scale,
+                      int reduce, Address scores, int threads) {
+  const AttentionScoresArgs a = attention_args(
+      query, key, dtype, batch, heads, kv_heads, queries, tokens, selected, width, query_strides,
+      key_strides, query_index, head_index, padding, scale, reduce, scores, threads);
+  py::gil_scoped_release release;
+  kernels()->attention_scores(a);
+}
+
+void aggregate_attention(Address attention, int dtype, int64_t batch, int64_t heads,
+                         int64_t queries, int64_t tokens, int64_t selected, const Four& strides,
+                         Address query_index, Address head_index, int reduce, bool logits,
+                         Address scores, int threads) {
+  AggregateAttentionArgs a = {};
+  a.attention = at<void>(attention);
+  a.dtype = dtype;
+  a.batch = batch;
+  a.heads = heads;
+  a.queries = queries;
+  a.tokens = tokens;
+  a.selected = selected;
+  copy(strides, a.strides);
+  a.query_index = at<int64_t>(query_index);
+  a.head_index = at<int64_t>(head_index);
+  a.reduce = reduce;
+  a.logits = logits;
+  a.scores = at<float>(scores);
+  a.threads = threads;
+  if (a.query_index != nullptr)
+    check_index("query_index", a.query_index, batch * selected, -1, queries);
+  check_heads(a.query_index, a.head_index, batch * selected, heads);
+  py::gil_scoped_release release;
+  kernels()->aggregate_attention(a);
+}
+
+void select_tokens(Address scores, Address padding, Address noise, int64_t batch, int64_t tokens,
+                   int64_t width_visible, int64_t width_masked, double mask_ratio,
+                   Address num_masked_rows, int64_t num_masked, double random_fraction,
+                   double pool_ratio, Address mask, Address ids_visible, Address ids_masked,
+                   Address ids_restore, Address num_visible_out, Address num_masked_out,
+                   int threads) {
+  const SelectTokensArgs a = select_args(
+      scores, padding, noise, batch, tokens, width_visible, width_masked, mask_ratio,
+      num_masked_rows, num_masked, random_fraction, pool_ratio, mask, ids_visible, ids_masked,
+      ids_restore, num_visible_out, num_masked_out, threads);
+  py::gil_scoped_release release;
+  kernels()->select_tokens(a);
+}
+
+void draw_queries(Address noise, Address padding, Address num_queries_rows, int64_t batch,
+                  int64_t candidates, int64_t num_queries, Address query_index, int threads) {
+  DrawQueriesArgs a = {};
+  a.noise = at<float>(noise);
+  a.padding = at<uint8_t>(padding);
+  a.num_queries_rows = at<int64_t>(num_queries_rows);
+  a.batch = batch;
+  a.candidates = candidates;
+  a.num_queries = num_queries;
+  a.query_index = at<int64_t>(query_index);
+  a.threads = threads;
+  check_counts("num_queries", a.num_queries_rows, batch);
+  py::gil_scoped_release release;
+  kernels()->draw_queries(a);
+}
+
+void gather_tokens(const Gather& gather, int64_t batch, int64_t tokens, int64_t visible,
+                   Address ids, int threads) {
+  const GatherTokensArgs a = gather_args(gather, batch, tokens, visible, ids, threads);
+  check_index("ids", a.ids, batch * visible, -1, tokens);
+  py::gil_scoped_release release;
+  kernels()->gather_tokens(a);
+}
+
+void gather_tokens_backward(Address grad, int dtype, int64_t batch, int64_t visible,
+                            int64_t tokens, int64_t width, Address ids, Address out,
+                            int threads) {
+  GatherTokensBackwardArgs a = {};
+  a.grad = at<void>(grad);
+  a.dtype = dtype;
+  a.batch = batch;
+  a.visible = visible;
+  a.tokens = tokens;
+  a.width = width;
+  a.ids = at<int64_t>(ids);
+  a.out = at<void>(out);
+  a.threads = threads;
+  check_index("ids", a.ids, batch * visible, -1, tokens);
+  py::gil_scoped_release release;
+  kernels()->gather_tokens_backward(a);
+}
+
+void restore_tokens(Address visible, int64_t visible_batch_bytes, int64_t visible_token_bytes,
+                    Address fill, int64_t fill_batch_bytes, int64_t fill_token_bytes,
+                    int64_t row_bytes, int64_t batch, int64_t visible_count, int64_t fill_count,
+                    int64_t tokens, Address ids_restore, Address out, int threads) {
+  RestoreTokensArgs a = {};
+  a.visible = at<void>(visible);
+  a.fill = at<void>(fill);
+  a.visible_batch_bytes = visible_batch_bytes;
+  a.visible_token_bytes = visible_token_bytes;
+  a.fill_batch_bytes = fill_batch_bytes;
+  a.fill_token_bytes = fill_token_bytes;
+  a.row_bytes = row_bytes;
+  a.batch = batch;
+  a.visible_count = visible_count;
+  a.fill_count = fill_count;
+  a.tokens = tokens;
+  a.ids_restore = at<int64_t>(ids_restore);
+  a.out = at<void>(out);
+  a.threads = threads;
+  check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
+  py::gil_scoped_release release;
+  kernels()->restore_tokens(a);
+}
+
+void restore_tokens_backward(Address grad, int dtype, int64_t batch, int64_t tokens,
+                             int64_t visible_count, int64_t fill_count, int64_t width,
+                             bool shared_fill, Address ids_restore, Address grad_visible,
+                             Address grad_fill, int threads) {
+  RestoreTokensBackwardArgs a = {};
+  a.grad = at<void>(grad);
+  a.dtype = dtype;
+  a.batch = batch;
+  a.tokens = tokens;
+  a.visible_count = visible_count;
+  a.fill_count = fill_count;
+  a.width = width;
+  a.shared_fill = shared_fill;
+  a.ids_restore = at<int64_t>(ids_restore);
+  a.grad_visible = at<void>(grad_visible);
+  a.grad_fill = at<void>(grad_fill);
+  a.threads = threads;
+  check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
+  py::gil_scoped_release release;
+  kernels()->restore_tokens_backward(a);
+}
+
+void self_guided_masking(Address query, Address key, int dtype, int64_t batch, int64_t heads,
+                         int64_t kv_heads, int64_t queries, int64_t tokens, int64_t selected,
+                         int64_t width, const Four& query_strides, const Four& key_strides,
+                         Address query_index, Address head_index, Address padding, double scale,
+                         int reduce, Address scores, Address noise, int64_t width_visible,
+                         int64_t width_masked, double mask_ratio, bool mask_queries,
+                         double random_fraction, double pool_ratio, Address mask,
+                         Address ids_visible, Address ids_masked, Address ids_restore,
+                         Address num_visible_out, Address num_masked_out,
+                         const std::vector<Gather>& gathers, int threads) {
+  SelfGuidedMaskingArgs a = {};
+  a.attention = attention_args(query, key, dtype, batch, heads, kv_heads, queries, tokens, selected,
+                               width, query_strides, key_strides, query_index, head_index, padding,
+                               scale, reduce, scores, threads);
+  a.select = select_args(scores, padding, noise, batch, tokens, width_visible, width_masked,
+                         mask_ratio, 0, 0, random_fraction, pool_ratio, mask, ids_visible,
+                         ids_masked, ids_restore, num_visible_out, num_masked_out, threads);
+  if (mask_queries) {
+    a.select.drawn = a.attention.query_index;
+    a.select.drawn_width = selected;
+  }
+  if (gathers.size() > kMaxTokenTensors)
+    throw py::value_error("tokens: got " + std::to_string(gathers.size()) +
+                          " tensors, allowed is at most " + std::to_string(kMaxTokenTensors));
+  a.num_gathers = static_cast<int>(gathers.size());
+  for (int i = 0; i < a.num_gathers; ++i)
+    a.gathers[i] = gather_args(gathers[i], batch, tokens, width_visible, ids_visible, threads);
+  py::gil_scoped_release release;
+  kernels()->self_guided_masking(a);
+}
+
+void random_masking(const Gather& gather, Address noise, int64_t batch, int64_t tokens,
+                    int64_t visible, Address ids_visible, Address mask, Address ids_restore,
+                    int threads) {
+  RandomMaskingArgs a = {};
+  a.gather = gather_args(gather, batch, tokens, visible, ids_visible, threads);
+  a.noise = at<float>(noise);
+  a.ids_visible = at<int64_t>(ids_visible);
+  a.mask = at<float>(mask);
+  a.ids_restore = at<int64_t>(ids_restore);
+  py::gil_scoped_release release;
+  kernels()->random_masking(a);
+}
+
+#ifdef SMA_CUDA_ARCHS
+void cuda_gather_tokens(const Gather& gather, int64_t batch, int64_t tokens, int64_t visible,
+                        Address ids, int device, Address stream) {
+  const GatherTokensArgs a = gather_args(gather, batch, tokens, visible, ids, 0);
+  const char* error = cuda::gather_tokens(a, device, at<void>(stream));
+  if (error != nullptr)
+    throw std::runtime_error("gather_tokens on CUDA device " + std::to_string(device) + ", tokens (" +
+                             std::to_string(batch) + ", " + std::to_string(tokens) + ", " +
+                             std::to_string(a.row_bytes) + " bytes), ids (" +
+                             std::to_string(batch) + ", " + std::to_string(visible) +
+                             "): " + error);
+}
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["CPU instruction set"] = kernels()->name;
+  std::string names;
+  for (const Kernels* k : runnable()) names += (names.empty() ? "" : ", ") + std::string(k->name);
+  info["CPU instruction sets here"] = names;
+#ifdef SMA_CUDA_ARCHS
+  info["CUDA architectures built"] = SMA_CUDA_ARCHS;
+#else
+  info["CUDA architectures built"] = "none";
+#endif
+#ifdef _OPENMP
+  info["OpenMP"] = _OPENMP;
+#else
+  info["OpenMP"] = "not built in";
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of sma_fast; called through sma_fast._native.";
+  kernels();  // an SMA_FAST_CPU_ISA that cannot run here is an error at import
+  m.def("build_info", &build_info);
+  m.def("cpu_instruction_sets", &cpu_instruction_sets);
+  m.def("set_cpu_isa", &set_cpu_isa);
+  m.def("attention_scores", &attention_scores);
+  m.def("aggregate_attention", &aggregate_attention);
+  m.def("select_tokens", &select_tokens);
+  m.def("draw_queries", &draw_queries);
+  m.def("gather_tokens", &gather_tokens);
+  m.def("gather_tokens_backward", &gather_tokens_backward);
+  m.def("restore_tokens", &restore_tokens);
+  m.def("restore_tokens_backward", &restore_tokens_backward);
+  m.def("self_guided_masking", &self_guided_masking);
+  m.def("random_masking", &random_masking);
+#ifdef SMA_CUDA_ARCHS
+  m.def("cuda_gather_tokens", &cuda_gather_tokens);
+#endif
+}

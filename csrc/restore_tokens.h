@@ -1,0 +1,76 @@
+// restore_tokens: all tokens in their order again, `fill` where they were masked; and its backward.
+#pragma once
+#include "gather_tokens.h"
+
+namespace sma {
+namespace SMA_ISA {
+
+inline void restore_tokens(const RestoreTokensArgs& a) {
+  const bool past_caches = a.batch * a.tokens * a.row_bytes >= kStreamBytes;
+  for_row_blocks(a.batch, a.tokens, a.row_bytes, a.threads, [&](int64_t b, Range rows) {
+    const char* visible = static_cast<const char*>(a.visible) + b * a.visible_batch_bytes;
+    const char* fill = static_cast<const char*>(a.fill) + b * a.fill_batch_bytes;
+    char* out = static_cast<char*>(a.out) + b * a.tokens * a.row_bytes;
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      const int64_t id = a.ids_restore[b * a.tokens + n];
+      const char* from = nullptr;
+      if (id >= a.visible_count) from = fill + (id - a.visible_count) * a.fill_token_bytes;
+      else if (id >= 0) from = visible + id * a.visible_token_bytes;
+      copy_row(out + n * a.row_bytes, from, a.row_bytes, past_caches);
+    }
+  });
+}
+
+template <class T>
+void restore_tokens_backward_of(const RestoreTokensBackwardArgs& a) {
+  using Sum = decltype(to_float(T{}));
+  const int64_t targets = a.visible_count + (a.shared_fill ? 0 : a.fill_count);
+  const int64_t size = RowsOfId::size(targets, a.tokens);
+  const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(T));
+  const Scratch<int32_t> scratch(size * a.batch);
+  const bool past_caches = a.batch * targets * row_bytes >= kStreamBytes;
+  for_row_blocks(a.batch, kRowBlock, a.tokens * 4, a.threads, [&](int64_t b, Range) {
+    RowsOfId(scratch.get() + b * size, targets)
+        .build(a.ids_restore + b * a.tokens, a.tokens, targets);
+  });
+  for_row_blocks(a.batch, targets, row_bytes, a.threads, [&](int64_t b, Range rows) {
+    const RowsOfId list(scratch.get() + b * size, targets);
+    const T* grad = static_cast<const T*>(a.grad) + b * a.tokens * a.width;
+    T* visible = static_cast<T*>(a.grad_visible) + b * a.visible_count * a.width;
+    T* fill = static_cast<T*>(a.grad_fill) + b * a.fill_count * a.width;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      T* out = i < a.visible_count ? visible + i * a.width : fill + (i - a.visible_count) * a.width;
+      sum_rows(out, grad, a.width, list.first[i], list.next, past_caches);
+    }
+  });
+  if (!a.shared_fill) return;
+
+  // the gradient of one fill for all: sums over blocks of rows first, then over blocks in order
+  const int64_t blocks = (a.tokens + kRowBlock - 1) / kRowBlock;
+  const Scratch<Sum> partial(a.batch * blocks * a.width);
+  for_row_blocks(a.batch, a.tokens, row_bytes, a.threads, [&](int64_t b, Range rows) {
+    Sum* sum = partial.get() + (b * blocks + rows.begin / kRowBlock) * a.width;
+    for (int64_t c = 0; c < a.width; ++c) sum[c] = 0;
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      const int64_t id = a.ids_restore[b * a.tokens + n];
+      if (id < a.visible_count || id >= a.visible_count + a.fill_count) continue;
+      const T* grad = static_cast<const T*>(a.grad) + (b * a.tokens + n) * a.width;
+      for (int64_t c = 0; c < a.width; ++c) sum[c] += to_float(grad[c]);
+    }
+  });
+  for (int64_t c = 0; c < a.width; ++c) {
+    Sum sum = 0;
+    for (int64_t i = 0; i < a.batch * blocks; ++i) sum += partial[i * a.width + c];
+    from_float(sum, static_cast<T*>(a.grad_fill) + c);
+  }
+}
+
+inline void restore_tokens_backward(const RestoreTokensBackwardArgs& a) {
+  if (a.dtype == kFloat32) restore_tokens_backward_of<float>(a);
+  else if (a.dtype == kBFloat16) restore_tokens_backward_of<BFloat16>(a);
+  else if (a.dtype == kFloat16) restore_tokens_backward_of<Float16>(a);
+  else restore_tokens_backward_of<double>(a);
+}
+
+}  // namespace SMA_ISA
+}  // namespace sma

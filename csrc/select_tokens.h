@@ -1,0 +1,241 @@
+// select_tokens: which tokens of each row are masked, and where every token is found again.
+//
+// The k largest of a row are found without sorting: scores become integers in the same order, a
+// bisection over the integers counts how many lie above the middle (kLanes at a time) and keeps
+// only the candidates that are still in doubt. One ordered sweep over the row then writes the ids.
+#pragma once
+#include "cpu/vec.h"
+
+namespace sma {
+namespace SMA_ISA {
+
+struct Bounds { int32_t low, high; };
+
+inline Bounds bounds(const int32_t* keys, int64_t count) {  // count > 0
+  int64_t i = 0;
+  Bounds b = {keys[0], keys[0]};
+  if (count >= kLanes) {
+    Vi low = load<Vi>(keys), high = low;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Vi k = load<Vi>(keys + i);
+      low = k < low ? k : low;
+      high = k > high ? k : high;
+    }
+    for (int j = 0; j < kLanes; ++j) {
+      b.low = smaller<int32_t>(b.low, low[j]);
+      b.high = larger<int32_t>(b.high, high[j]);
+    }
+  }
+  for (; i < count; ++i) {
+    b.low = smaller(b.low, keys[i]);
+    b.high = larger(b.high, keys[i]);
+  }
+  return b;
+}
+
+inline int64_t count_above(const int32_t* keys, int64_t count, int32_t pivot) {
+  const Vi p = splat(pivot);
+  int64_t total = 0, i = 0;
+  while (i + kLanes <= count) {
+    const int64_t stop = smaller(count, i + (int64_t{1} << 24));  // a lane counts to 2^24 at most
+    Vi sum{};
+    for (; i + kLanes <= stop; i += kLanes) sum -= load<Vi>(keys + i) > p;
+    for (int j = 0; j < kLanes; ++j) total += sum[j];
+    if (stop == count) break;
+  }
+  for (; i < count; ++i) total += keys[i] > pivot;
+  return total;
+}
+
+// Keeps the keys in [low, high], in any order; `out` may be `keys`. Returns how many.
+inline int64_t keep_between(const int32_t* keys, int64_t count, int32_t low, int32_t high,
+                            int32_t* out) {
+  int64_t kept = 0, i = 0;
+#if defined(__AVX512F__)
+  const __m512i lo = _mm512_set1_epi32(low), hi = _mm512_set1_epi32(high);
+  for (; i + 16 <= count; i += 16) {
+    const __m512i k = _mm512_loadu_si512(keys + i);
+    const __mmask16 in = _mm512_cmpge_epi32_mask(k, lo) & _mm512_cmple_epi32_mask(k, hi);
+    _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi32(in, k));
+    kept += __builtin_popcount(in);
+  }
+#endif
+  for (; i < count; ++i) {
+    const int32_t k = keys[i];
+    out[kept] = k;
+    kept += (k >= low) & (k <= high);
+  }
+  return kept;
+}
+
+// The k-th largest key, how many keys equal it, and how many of those belong to the k largest.
+struct Threshold { int32_t key; int64_t equal, wanted; };
+
+// 0 < k <= count. `work` holds count + kLanes keys.
+inline Threshold kth_largest(const int32_t* keys, int64_t count, int64_t k, int32_t* work) {
+  Bounds in_doubt = bounds(keys, count);
+  int64_t above = 0, from_low = count;  // keys above in_doubt.high, keys from in_doubt.low on
+  const int32_t* left = keys;
+  int64_t left_count = count, left_out = 0;  // keys above in_doubt.high that are not in `left`
+  while (in_doubt.low < in_doubt.high) {
+    const int32_t middle =
+        static_cast<int32_t>((static_cast<int64_t>(in_doubt.low) + in_doubt.high) >> 1);
+    const int64_t higher = left_out + count_above(left, left_count, middle);
+    if (higher >= k) {
+      in_doubt.low = middle + 1;
+      from_low = higher;
+    } else {
+      in_doubt.high = middle;
+      above = higher;
+    }
+    if (2 * (from_low - above) <= left_count) {
+      left_count = keep_between(left, left_count, in_doubt.low, in_doubt.high, work);
+      left = work;
+      left_out = above;
+    }
+  }
+  return {in_doubt.low, from_low - above, k - above};
+}
+
+// flags[i] = 1 for the k largest keys, ties to the lowest index, else 0.
+inline void flag_largest(const int32_t* keys, int64_t count, int64_t k, int32_t* work,
+                         uint8_t* flags) {
+  if (k <= 0 || k >= count) {
+    memset(flags, k <= 0 ? 0 : 1, count);
+    return;
+  }
+  const Threshold t = kth_largest(keys, count, k, work);
+  if (t.equal == t.wanted) {
+    for (int64_t i = 0; i < count; ++i) flags[i] = keys[i] >= t.key;
+    return;
+  }
+  int64_t wanted = t.wanted;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool tie = keys[i] == t.key && wanted > 0;
+    wanted -= tie;
+    flags[i] = (keys[i] > t.key) | tie;
+  }
+}
+
+inline void ordered_keys(const float* values, const int32_t* index, int64_t count, float sign,
+                         int32_t* keys) {
+  int64_t i = 0;
+  if (index == nullptr)
+    for (; i + kLanes <= count; i += kLanes)
+      store(keys + i, ordered(load<Vf>(values + i) * sign));
+  for (; i < count; ++i) keys[i] = ordered(values[index == nullptr ? i : index[i]] * sign);
+}
+
+inline int64_t round_half_even(double x) { return static_cast<int64_t>(__builtin_rint(x)); }
+
+// Scratch for rows of `tokens`: keys, work, the valid tokens' indices, two rows of flags.
+struct SelectScratch {
+  int32_t *keys, *work, *index, *rest;
+  uint8_t *flags, *more;
+
+  static int64_t size(int64_t tokens) { return 5 * (tokens + 2 * kLanes); }
+  SelectScratch(int32_t* base, int64_t tokens) {
+    const int64_t step = tokens + 2 * kLanes;
+    keys = base;
+    work = keys + step;
+    index = work + step;
+    rest = index + step;
+    flags = reinterpret_cast<uint8_t*>(rest + step);
+    more = flags + step;
+  }
+};
+
+// Second choice: among the tokens whose flag is `from`, the `count` of lowest noise become masked;
+// a token keeps flag 1 if it had it and `from` is 0. index: as in select_row.
+inline void flag_drawn(const float* noise, const int32_t* index, int64_t valid, uint8_t from,
+                       int64_t count, const SelectScratch& s) {
+  int64_t eligible = 0;
+  for (int64_t i = 0; i < valid; ++i) {
+    s.rest[eligible] = static_cast<int32_t>(i);
+    s.keys[eligible] = ordered(-noise[index == nullptr ? i : index[i]]);
+    eligible += s.flags[i] == from;
+  }
+  flag_largest(s.keys, eligible, count, s.work, s.more);
+  for (int64_t i = 0; i < eligible; ++i) s.flags[s.rest[i]] = s.more[i];
+}
+
+// Selects row b from `scores`.
+inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores,
+                       const SelectScratch& s) {
+  const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.tokens;
+  const float* noise = a.noise == nullptr ? nullptr : a.noise + b * a.tokens;
+  int64_t valid = a.tokens;
+  const int32_t* index = nullptr;
+  if (padding != nullptr) {
+    valid = 0;
+    for (int64_t n = 0; n < a.tokens; ++n) {
+      s.index[valid] = static_cast<int32_t>(n);
+      valid += padding[n] == 0;
+    }
+    if (valid < a.tokens) index = s.index;
+  }
+  int64_t k = a.num_masked;
+  if (a.mask_ratio >= 0) k = round_half_even(a.mask_ratio * static_cast<double>(valid));
+  else if (a.num_masked_rows != nullptr) k = smaller(a.num_masked_rows[b], a.width_masked);
+  k = smaller(k, valid);
+
+  ordered_keys(scores, index, valid, 1.0f, s.keys);
+  if (a.drawn != nullptr) {
+    // masked before all others: their keys become that of +inf
+    uint8_t* first = s.flags;  // over all tokens
+    memset(first, 0, a.tokens);
+    const int64_t* drawn = a.drawn + b * a.drawn_width;
+    for (int64_t r = 0; r < a.drawn_width; ++r)
+      if (drawn[r] >= 0) first[drawn[r]] = 1;
+    const int32_t top = ordered(kInfinity);
+    for (int64_t i = 0; i < valid; ++i)
+      if (first[index == nullptr ? i : index[i]]) s.keys[i] = top;
+  }
+  if (a.pool_ratio >= 0) {
+    const int64_t pool =
+        larger(k, round_half_even(a.pool_ratio * static_cast<double>(valid)));
+    flag_largest(s.keys, valid, pool, s.work, s.flags);
+    flag_drawn(noise, index, valid, 1, k, s);
+  } else if (a.random_fraction > 0) {
+    const int64_t top = round_half_even((1.0 - a.random_fraction) * static_cast<double>(k));
+    flag_largest(s.keys, valid, top, s.work, s.flags);
+    flag_drawn(noise, index, valid, 0, k - top, s);
+  } else {
+    flag_largest(s.keys, valid, k, s.work, s.flags);
+  }
+
+  uint8_t* mask = a.mask + b * a.tokens;
+  int64_t* restore = a.ids_restore + b * a.tokens;
+  int64_t* visible_begin = a.ids_visible + b * a.width_visible;
+  int64_t* masked_begin = a.ids_masked + b * a.width_masked;
+  int64_t* to[2] = {visible_begin, masked_begin};
+  int64_t place[2] = {0, a.width_visible};  // in cat([visible, masked])
+  if (index != nullptr) {
+    memset(mask, 0, a.tokens);
+    for (int64_t n = 0; n < a.tokens; ++n) restore[n] = -1;
+  }
+  for (int64_t i = 0; i < valid; ++i) {
+    const int64_t n = index == nullptr ? i : index[i];
+    const int flag = s.flags[i];
+    mask[n] = static_cast<uint8_t>(flag);
+    restore[n] = place[flag]++;
+    *to[flag]++ = n;
+  }
+  a.out_num_visible[b] = static_cast<int32_t>(to[0] - visible_begin);
+  a.out_num_masked[b] = static_cast<int32_t>(to[1] - masked_begin);
+  for (; to[0] < visible_begin + a.width_visible; ++to[0]) *to[0] = -1;
+  for (; to[1] < masked_begin + a.width_masked; ++to[1]) *to[1] = -1;
+}
+
+inline void select_tokens(const SelectTokensArgs& a) {
+  const int threads = threads_for(a.batch * a.tokens * 4, a.threads);
+  const int64_t size = round_up(SelectScratch::size(a.tokens), 16);
+  const Scratch<int32_t> scratch(size * threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
+  for (int64_t b = 0; b < a.batch; ++b)
+    select_row(a, b, a.scores + b * a.tokens,
+               SelectScratch(scratch.get() + omp_get_thread_num() * size, a.tokens));
+}
+
+}  // namespace SMA_ISA
+}  // namespace sma

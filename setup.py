@@ -1,0 +1,152 @@
+"""Builds sma_fast._C from csrc/ with ninja; everything else stands in pyproject.toml.
+
+Environment: CXX (compiler), SMA_FAST_NATIVE=0 (no native module), SMA_FAST_CUDA=0|1 (without, with;
+default: with where nvcc is), CUDA_HOME, SMA_FAST_CUDA_ARCHS (such as "80;90a;103").
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+X86_FLAGS = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+}
+
+
+def find_compiler():
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    return None
+
+
+def find_nvcc():
+    wish = os.environ.get("SMA_FAST_CUDA", "")
+    if wish == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if nvcc is None and wish == "1":
+        raise SystemExit("SMA_FAST_CUDA=1, but there is no nvcc: set CUDA_HOME or PATH")
+    return nvcc
+
+
+def cuda_archs(nvcc):
+    """80, 90a and the newest that nvcc has, with PTX of the newest for GPUs to come."""
+    if os.environ.get("SMA_FAST_CUDA_ARCHS"):
+        return os.environ["SMA_FAST_CUDA_ARCHS"].replace(",", ";").split(";")
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    newest = max(int(code.removeprefix("sm_")) for code in listed.stdout.split())
+    return ["80", "90a", str(newest)]
+
+
+def ninja_path():
+    try:
+        import ninja
+
+        return os.path.join(ninja.BIN_DIR, "ninja")
+    except ImportError:
+        return shutil.which("ninja") or "ninja"
+
+
+class NinjaBuild(build_ext):
+    def run(self):
+        module = Path(self.get_ext_fullpath("sma_fast._C")).resolve()
+        module.parent.mkdir(parents=True, exist_ok=True)
+        compiler = find_compiler()
+        if os.environ.get("SMA_FAST_NATIVE") == "0":
+            reason = "switched off by SMA_FAST_NATIVE=0 when sma_fast was installed"
+        elif compiler is None:
+            reason = "no C++ compiler was found when sma_fast was installed"
+        else:
+            reason = ""
+            self.build(module, compiler, find_nvcc())
+        if reason:
+            print(f"sma_fast: native module not built: {reason}", file=sys.stderr)
+            self.extensions = []
+        (module.parent / "_build.json").write_text(json.dumps({"not_built": reason}) + "\n")
+
+    def build(self, module, compiler, nvcc):
+        import pybind11
+
+        temp = Path(self.build_temp).resolve()
+        temp.mkdir(parents=True, exist_ok=True)
+        openmp = "" if sys.platform == "darwin" else "-fopenmp"
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        defines = "-DSMA_HAVE_X86" if x86 else ""
+        archs = cuda_archs(nvcc) if nvcc else []
+        if archs:
+            defines += f' -DSMA_CUDA_ARCHS=\\"{",".join(archs)}\\"'
+        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        if archs:
+            gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        python = " ".join(f'-I"{path}"' for path in includes)
+        if nvcc:
+            link = f"{nvcc} -ccbin '{compiler}' -shared -cudart static {gencode}"
+            link += " -Xcompiler -fopenmp $in -o $out"
+        elif sys.platform == "darwin":
+            link = f"{compiler} -bundle -undefined dynamic_lookup $in -o $out"
+        else:
+            link = f"{compiler} -shared {openmp} $in -o $out"
+        lines = [
+            f"cxx = {compiler} -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {openmp}",
+            "rule cxx",
+            f"  command = $cxx {defines} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule cuda",
+            f"  command = {nvcc} -ccbin '{compiler}' -std=c++17 -O3 -Xcompiler -fPIC {gencode} "
+            "-MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {link}",
+        ]
+        objects = []
+        for source in sources(x86, bool(nvcc)):
+            rule = "cuda" if source.suffix == ".cu" else "cxx"
+            target = temp / (source.stem + (".cu.o" if rule == "cuda" else ".o"))
+            objects.append(target)
+            lines.append(f"build {escape(target)}: {rule} {escape(source)}")
+            flags = python if source.stem == "module" else X86_FLAGS.get(source.stem, "")
+            if rule == "cxx" and flags:
+                lines.append(f"  flags = {flags}")
+        lines.append(f"build {escape(module)}: link {' '.join(map(escape, objects))}")
+        (temp / "build.ninja").write_text("\n".join(lines) + "\n")
+        command = [ninja_path(), "-C", str(temp)] + (["-v"] if self.verbose > 1 else [])
+        if subprocess.run(command).returncode:
+            raise SystemExit(
+                "sma_fast: building the native module failed (see above). SMA_FAST_CUDA=0 builds "
+                "without CUDA, SMA_FAST_NATIVE=0 installs without the native module"
+            )
+
+
+def sources(x86, cuda):
+    found = [CSRC / "module.cpp", CSRC / "cpu" / "baseline.cpp"]
+    if x86:
+        found += [CSRC / "cpu" / f"{name}.cpp" for name in X86_FLAGS]
+    if cuda:
+        found += sorted((CSRC / "cuda").glob("*.cu"))
+    return found
+
+
+def escape(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(
+    ext_modules=[Extension("sma_fast._C", sources=["csrc/module.cpp"], language="c++")],
+    cmdclass={"build_ext": NinjaBuild},
+)
