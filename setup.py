@@ -134,7 +134,7 @@ class NinjaBuild(build_ext):
 
 
 def sources(x86, cuda):
-    found = [CSRC / "module.cpp", CSRC / "cpu" / "baseline.cpp"]
+    found = [CSRC / "module.cpp", CSRC / "cpu" / "cache.cpp", CSRC / "cpu" / "baseline.cpp"]
     if x86:
         found += [CSRC / "cpu" / f"{name}.cpp" for name in X86_FLAGS]
     if cuda:

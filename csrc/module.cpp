@@ -11,6 +11,8 @@
 #include <pybind11/stl.h>
 
 #include "args.h"
+#include "cpu/cache.h"
+#include "cpu/dlpack.h"
 #include "cpu/kernels.h"
 #ifdef SMA_CUDA_ARCHS
 #include "cuda/kernels.h"
@@ -100,6 +102,38 @@ void check_heads(const int64_t* query_index, const int64_t* head_index, int64_t 
 
 void copy(const Four& from, int64_t* to) {
   for (int i = 0; i < 4; ++i) to[i] = from[i];
+}
+
+// An uninitialised output as a DLPack capsule; code and bits as DLPack counts types.
+struct Output {
+  DLManagedTensor managed;
+  size_t size;
+  std::vector<int64_t> shape;
+};
+
+void free_output(DLManagedTensor* managed) {
+  Output* output = static_cast<Output*>(managed->manager_ctx);
+  give_block(managed->dl_tensor.data, output->size);
+  delete output;
+}
+
+py::capsule empty_output(const std::vector<int64_t>& shape, int code, int bits) {
+  size_t bytes = static_cast<size_t>(bits) / 8;
+  for (const int64_t n : shape) bytes *= static_cast<size_t>(n);
+  Output* output = new Output{{}, 0, shape};
+  DLTensor& t = output->managed.dl_tensor;
+  t.data = take_block(bytes, &output->size);
+  t.device = {kDLCPU, 0};
+  t.ndim = static_cast<int32_t>(shape.size());
+  t.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
+  t.shape = output->shape.data();
+  output->managed.manager_ctx = output;
+  output->managed.deleter = free_output;
+  return py::capsule(&output->managed, "dltensor", [](PyObject* capsule) {
+    // a consumer renames the capsule; one nobody took is freed here
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    free_output(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
+  });
 }
 
 AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_t batch,
@@ -397,6 +431,7 @@ py::dict build_info() {
 #else
   info["OpenMP"] = "not built in";
 #endif
+  info["output cache"] = std::to_string(cache_limit() >> 20) + " MiB";
   return info;
 }
 
@@ -408,6 +443,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_instruction_sets", &cpu_instruction_sets);
   m.def("set_cpu_isa", &set_cpu_isa);
+  m.def("empty_output", &empty_output);
+  m.def("set_cache_limit", &set_cache_limit);
   m.def("attention_scores", &attention_scores);
   m.def("aggregate_attention", &aggregate_attention);
   m.def("select_tokens", &select_tokens);

@@ -8,11 +8,13 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from sma_fast import _dispatch, reference
 
@@ -20,6 +22,16 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 _REDUCE = {"mean": 0, "sum": 1, "none": 2}
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (*_SCORES, torch.float64)
+
+_CACHED_FROM = 1 << 20  # bytes
+_DLPACK = {  # type code and bits, as DLPack counts them
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.int64: (0, 64),
+    torch.bool: (6, 8),
+}
 
 # how often each native function ran: (backend, op) -> calls; tests look at it
 calls: collections.Counter = collections.Counter()
@@ -86,7 +98,7 @@ def attention_scores(
 ) -> Tensor:
     batch, _, tokens, _ = key.shape
     shape = (batch, query.shape[1], tokens) if head_reduce == "none" else (batch, tokens)
-    scores = torch.empty(shape, dtype=torch.float32)
+    scores = _empty(shape, torch.float32)
     query_index, head_index, key_padding_mask = _contiguous(
         query_index, head_index, key_padding_mask
     )
@@ -104,7 +116,7 @@ def attention_scores(
 def aggregate_attention(attention, query_index, head_index, head_reduce, logits) -> Tensor:
     batch, heads, queries, tokens = attention.shape
     shape = (batch, heads, tokens) if head_reduce == "none" else (batch, tokens)
-    scores = torch.empty(shape, dtype=torch.float32)
+    scores = _empty(shape, torch.float32)
     query_index, head_index = _contiguous(query_index, head_index)
     calls["cpu", "aggregate_attention"] += 1
     _module().aggregate_attention(
@@ -171,7 +183,7 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
     if num_queries_rows is not None:
         num_queries_rows = num_queries_rows.long().contiguous()
     noise, padding_mask = _contiguous(noise, padding_mask)
-    query_index = torch.empty((batch, num_queries), dtype=torch.int64)
+    query_index = _empty((batch, num_queries), torch.int64)
     calls["cpu", "draw_queries"] += 1
     _module().draw_queries(
         noise.data_ptr(),
@@ -189,7 +201,7 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
 def gather_tokens(tokens, ids) -> Tensor:
     batch, visible = ids.shape
     tokens, ids = _contiguous_rows(tokens), ids.contiguous()
-    out = torch.empty((batch, visible) + tokens.shape[2:], dtype=tokens.dtype)
+    out = _empty((batch, visible) + tokens.shape[2:], tokens.dtype)
     calls["cpu", "gather_tokens"] += 1
     _module().gather_tokens(
         _gather(tokens, out),
@@ -205,7 +217,7 @@ def gather_tokens(tokens, ids) -> Tensor:
 def gather_tokens_backward(grad, ids, num_tokens) -> Tensor:
     batch, visible = ids.shape
     grad, ids = grad.contiguous(), ids.contiguous()
-    out = torch.empty((batch, num_tokens) + grad.shape[2:], dtype=grad.dtype)
+    out = _empty((batch, num_tokens) + grad.shape[2:], grad.dtype)
     calls["cpu", "gather_tokens_backward"] += 1
     _module().gather_tokens_backward(
         grad.data_ptr(),
@@ -228,7 +240,7 @@ def restore_tokens(visible, ids_restore, fill) -> Tensor:
     shared = fill.dim() == 1
     fill = fill.contiguous() if shared else _contiguous_rows(fill)
     size = visible.element_size()
-    out = torch.empty((batch, tokens, width), dtype=visible.dtype)
+    out = _empty((batch, tokens, width), visible.dtype)
     calls["cpu", "restore_tokens"] += 1
     _module().restore_tokens(
         visible.data_ptr(),
@@ -253,8 +265,8 @@ def restore_tokens_backward(grad, ids_restore, num_visible, num_fill) -> tuple[T
     batch, tokens, width = grad.shape
     grad, ids_restore = grad.contiguous(), ids_restore.contiguous()
     shared = num_fill is None
-    grad_visible = torch.empty((batch, num_visible, width), dtype=grad.dtype)
-    grad_fill = torch.empty((width,) if shared else (batch, num_fill, width), dtype=grad.dtype)
+    grad_visible = _empty((batch, num_visible, width), grad.dtype)
+    grad_fill = _empty((width,) if shared else (batch, num_fill, width), grad.dtype)
     calls["cpu", "restore_tokens_backward"] += 1
     _module().restore_tokens_backward(
         grad.data_ptr(),
@@ -293,11 +305,11 @@ def self_guided_masking(
     query_index, head_index, key_padding_mask, noise = _contiguous(
         query_index, head_index, key_padding_mask, noise
     )
-    scores = torch.empty((batch, count), dtype=torch.float32)
+    scores = _empty((batch, count), torch.float32)
     selection = _selection(batch, count, width_visible, width_masked)
     tokens = [_contiguous_rows(x) for x in tokens]
     visible = [
-        torch.empty((batch, width_visible) + x.shape[2:], dtype=x.dtype) for x in tokens
+        _empty((batch, width_visible) + x.shape[2:], x.dtype) for x in tokens
     ]
     calls["cpu", "self_guided_masking"] += 1
     _module().self_guided_masking(
@@ -323,10 +335,10 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
     batch, count = tokens.shape[:2]
     keep = int(count * (1 - mask_ratio))
     tokens, noise = _contiguous_rows(tokens), noise.contiguous()
-    visible = torch.empty((batch, keep) + tokens.shape[2:], dtype=tokens.dtype)
-    ids_visible = torch.empty((batch, keep), dtype=torch.int64)
-    mask = torch.empty((batch, count), dtype=torch.float32)
-    ids_restore = torch.empty((batch, count), dtype=torch.int64)
+    visible = _empty((batch, keep) + tokens.shape[2:], tokens.dtype)
+    ids_visible = _empty((batch, keep), torch.int64)
+    mask = _empty((batch, count), torch.float32)
+    ids_restore = _empty((batch, count), torch.int64)
     calls["cpu", "random_masking"] += 1
     _module().random_masking(
         _gather(tokens, visible),
@@ -417,12 +429,21 @@ def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
     )
 
 
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # large outputs come from the module's cache of freed blocks (csrc/cpu/cache.h); in
+    # deterministic mode torch.empty fills what it returns, so that reading it shows
+    size = math.prod(shape) * dtype.itemsize
+    if size < _CACHED_FROM or dtype not in _DLPACK or torch.are_deterministic_algorithms_enabled():
+        return torch.empty(shape, dtype=dtype)
+    return from_dlpack(_module().empty_output(shape, *_DLPACK[dtype]))
+
+
 def _selection(batch: int, tokens: int, visible: int, masked: int) -> tuple[Tensor, ...]:
     return (
-        torch.empty((batch, tokens), dtype=torch.bool),
-        torch.empty((batch, visible), dtype=torch.int64),
-        torch.empty((batch, masked), dtype=torch.int64),
-        torch.empty((batch, tokens), dtype=torch.int64),
+        _empty((batch, tokens), torch.bool),
+        _empty((batch, visible), torch.int64),
+        _empty((batch, masked), torch.int64),
+        _empty((batch, tokens), torch.int64),
         torch.empty(batch, dtype=torch.int32),
         torch.empty(batch, dtype=torch.int32),
     )

@@ -5,19 +5,15 @@
 // for whichever instruction set came first.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include <omp.h>
 
 #include "../args.h"
+#include "cache.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 namespace sma {
@@ -276,29 +272,20 @@ inline void copy_row(void* to, const void* from, int64_t bytes, bool past_caches
     for (int64_t i = 0; i < count; i += kLanes) stream(out + i, load<Vf>(in + i));
 }
 
-// Scratch memory, aligned to cache lines and freed with its owner.
+// Scratch memory, aligned to cache lines and given back with its owner.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const size_t huge = size_t{2} << 20;
-    size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + 64;
-    const size_t alignment = bytes >= 2 * huge ? huge : 64;
-    bytes = (bytes + alignment - 1) / alignment * alignment;
-    void* p = nullptr;
-    if (posix_memalign(&p, alignment, bytes) != 0) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (alignment == huge) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    data_ = static_cast<T*>(p);
-  }
-  ~Scratch() { free(data_); }
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(take_block(static_cast<size_t>(count) * sizeof(T), &size_))) {}
+  ~Scratch() { give_block(data_, size_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  size_t size_;
   T* data_;
 };
 

@@ -1,0 +1,111 @@
+#include "cache.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace sma {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kDefaultLimitMiB = 512;
+
+struct Block {
+  void* memory;
+  size_t size;
+};
+
+struct Cache {
+  std::mutex lock;
+  std::vector<Block> free_blocks;  // oldest first
+  size_t kept = 0;
+  size_t limit;
+
+  Cache() {
+    const char* text = std::getenv("SMA_FAST_CACHE_MB");
+    const size_t mib = text != nullptr && *text != 0
+                           ? static_cast<size_t>(std::strtoull(text, nullptr, 10))
+                           : kDefaultLimitMiB;
+    limit = mib << 20;
+  }
+
+  void shrink_to(size_t bytes) {
+    while (kept > bytes) {
+      std::free(free_blocks.front().memory);
+      kept -= free_blocks.front().size;
+      free_blocks.erase(free_blocks.begin());
+    }
+  }
+};
+
+Cache& cache() {
+  static Cache* one = new Cache;  // never destroyed: tensors may outlive static destructors
+  return *one;
+}
+
+}  // namespace
+
+void* take_block(size_t bytes, size_t* size) {
+  if (bytes < kCachedFrom) {
+    *size = (bytes + 63) / 64 * 64 + 64;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, *size) != 0) throw std::bad_alloc();
+    return memory;
+  }
+  Cache& c = cache();
+  {
+    const std::lock_guard<std::mutex> hold(c.lock);
+    size_t best = c.free_blocks.size();
+    for (size_t i = 0; i < c.free_blocks.size(); ++i) {
+      const size_t have = c.free_blocks[i].size;
+      if (have < bytes || have > bytes + bytes / 4 + kHugePage) continue;
+      if (best == c.free_blocks.size() || have < c.free_blocks[best].size) best = i;
+    }
+    if (best < c.free_blocks.size()) {
+      const Block block = c.free_blocks[best];
+      c.free_blocks.erase(c.free_blocks.begin() + static_cast<std::ptrdiff_t>(best));
+      c.kept -= block.size;
+      *size = block.size;
+      return block.memory;
+    }
+  }
+  *size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kHugePage, *size) != 0) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  madvise(memory, *size, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+void give_block(void* block, size_t size) {
+  Cache& c = cache();
+  if (size < kCachedFrom) {
+    std::free(block);
+    return;
+  }
+  const std::lock_guard<std::mutex> hold(c.lock);
+  if (size > c.limit) {
+    std::free(block);
+    return;
+  }
+  c.shrink_to(c.limit - size);
+  c.free_blocks.push_back({block, size});
+  c.kept += size;
+}
+
+size_t cache_limit() { return cache().limit; }
+
+void set_cache_limit(size_t bytes) {
+  Cache& c = cache();
+  const std::lock_guard<std::mutex> hold(c.lock);
+  c.limit = bytes;
+  c.shrink_to(bytes);
+}
+
+}  // namespace sma
