@@ -43,7 +43,7 @@ def find_nvcc():
 
 
 def cuda_archs(nvcc):
-    """80, 90a and the newest that nvcc has, with PTX of the newest for GPUs to come."""
+    """80, 90a and the newest that this nvcc has, unless SMA_FAST_CUDA_ARCHS says otherwise."""
     if os.environ.get("SMA_FAST_CUDA_ARCHS"):
         return os.environ["SMA_FAST_CUDA_ARCHS"].replace(",", ";").split(";")
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
@@ -89,8 +89,9 @@ class NinjaBuild(build_ext):
         if archs:
             defines += f' -DSMA_CUDA_ARCHS=\\"{",".join(archs)}\\"'
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-        if archs:
-            gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        if archs:  # PTX of the oldest: the driver compiles it for every GPU not named
+            oldest = archs[0].rstrip("af")
+            gencode += f" -gencode arch=compute_{oldest},code=compute_{oldest}"
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         python = " ".join(f'-I"{path}"' for path in includes)
         if nvcc:

@@ -7,7 +7,7 @@ namespace SMA_ISA {
 
 constexpr int64_t kRowBlock = 1024;  // rows of one sample that a thread takes at a time
 
-// Calls body(b, rows, thread) for blocks of rows of every sample. Blocks do not depend on the
+// Calls body(b, rows) for blocks of rows of every sample. Blocks do not depend on the
 // number of threads.
 template <class Body>
 void for_row_blocks(int64_t batch, int64_t rows, int64_t row_bytes, int threads,
@@ -23,6 +23,14 @@ void for_row_blocks(int64_t batch, int64_t rows, int64_t row_bytes, int threads,
     }
     fence();
   }
+}
+
+// Calls body(b) for every sample; `work` is that of all samples, in elements.
+template <class Body>
+void for_samples(int64_t batch, int64_t work, int threads, const Body& body) {
+  threads = threads_for(work, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t b = 0; b < batch; ++b) body(b);
 }
 
 inline void gather_rows(const GatherTokensArgs& a, int64_t b, Range rows) {
@@ -80,7 +88,7 @@ void gather_tokens_backward_of(const GatherTokensBackwardArgs& a) {
   const int64_t size = RowsOfId::size(a.tokens, a.visible);
   const Scratch<int32_t> scratch(size * a.batch);
   const bool past_caches = a.batch * a.tokens * row_bytes >= kStreamBytes;
-  for_row_blocks(a.batch, kRowBlock, a.tokens * 4, a.threads, [&](int64_t b, Range) {
+  for_samples(a.batch, a.batch * (a.tokens + a.visible), a.threads, [&](int64_t b) {
     RowsOfId(scratch.get() + b * size, a.tokens).build(a.ids + b * a.visible, a.visible, a.tokens);
   });
   for_row_blocks(a.batch, a.tokens, row_bytes, a.threads, [&](int64_t b, Range rows) {

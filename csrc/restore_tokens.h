@@ -29,7 +29,7 @@ void restore_tokens_backward_of(const RestoreTokensBackwardArgs& a) {
   const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(T));
   const Scratch<int32_t> scratch(size * a.batch);
   const bool past_caches = a.batch * targets * row_bytes >= kStreamBytes;
-  for_row_blocks(a.batch, kRowBlock, a.tokens * 4, a.threads, [&](int64_t b, Range) {
+  for_samples(a.batch, a.batch * (targets + a.tokens), a.threads, [&](int64_t b) {
     RowsOfId(scratch.get() + b * size, targets)
         .build(a.ids_restore + b * a.tokens, a.tokens, targets);
   });

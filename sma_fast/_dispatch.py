@@ -21,6 +21,10 @@ from sma_fast._schema import SCHEMAS, library
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# kernels/ knows torch and triton only: what must be looked at before a launch stands here
+_TRITON_CHECKS = {
+    "gather_tokens": lambda tokens, ids: reference.check_index("ids", ids, -1, tokens.shape[1]),
+}
 _forced: str | None = None
 
 
@@ -47,9 +51,17 @@ def _triton(op: str, device_type: str) -> Callable:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
         raise Unavailable("triton runs on CUDA devices, on others under TRITON_INTERPRET=1")
+    if importlib.util.find_spec("sma_fast.kernels") is None:
+        raise Unavailable("sma_fast.kernels is not there: install the package with pip")
     if importlib.util.find_spec(f"sma_fast.kernels.{op}") is None:
         raise Unavailable(f"no Triton kernel for {op} yet")
-    return importlib.import_module(f"sma_fast.kernels.{op}").launch
+    launch = importlib.import_module(f"sma_fast.kernels.{op}").launch
+
+    def checked(*args):
+        _TRITON_CHECKS[op](*args)
+        return launch(*args)
+
+    return checked
 
 
 @functools.lru_cache(maxsize=None)

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def attention_scores(
         scale,
         _REDUCE[head_reduce],
         scores.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )
     return scores
 
@@ -133,7 +134,7 @@ def aggregate_attention(attention, query_index, head_index, head_reduce, logits)
         _REDUCE[head_reduce],
         logits,
         scores.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )
     return scores
 
@@ -173,7 +174,7 @@ def select_tokens(
         random_fraction,
         -1.0 if pool_ratio is None else pool_ratio,
         *[x.data_ptr() for x in selection],
-        torch.get_num_threads(),
+        _threads(),
     )
     return selection
 
@@ -193,7 +194,7 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
         candidates,
         num_queries,
         query_index.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )
     return query_index
 
@@ -209,7 +210,7 @@ def gather_tokens(tokens, ids) -> Tensor:
         tokens.shape[1],
         visible,
         ids.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )
     return out
 
@@ -228,7 +229,7 @@ def gather_tokens_backward(grad, ids, num_tokens) -> Tensor:
         grad.shape[2:].numel(),
         ids.data_ptr(),
         out.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )
     return out
 
@@ -256,7 +257,7 @@ def restore_tokens(visible, ids_restore, fill) -> Tensor:
         tokens,
         ids_restore.data_ptr(),
         out.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )
     return out
 
@@ -280,7 +281,7 @@ def restore_tokens_backward(grad, ids_restore, num_visible, num_fill) -> tuple[T
         ids_restore.data_ptr(),
         grad_visible.data_ptr(),
         grad_fill.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )
     return grad_visible, grad_fill
 
@@ -326,7 +327,7 @@ def self_guided_masking(
         -1.0 if pool_ratio is None else pool_ratio,
         *[x.data_ptr() for x in selection],
         [_gather(x, out) for x, out in zip(tokens, visible, strict=True)],
-        torch.get_num_threads(),
+        _threads(),
     )
     return (*selection, scores, visible)
 
@@ -349,7 +350,7 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
         ids_visible.data_ptr(),
         mask.data_ptr(),
         ids_restore.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )
     return visible, mask, ids_restore
 
@@ -472,6 +473,21 @@ def _contiguous_rows(x: Tensor) -> Tensor:
             return x.contiguous()
         expected *= size
     return x
+
+
+def _threads() -> int:
+    return 1 if _in_fork else torch.get_num_threads()
+
+
+def _stay_single() -> None:
+    # OpenMP's threads do not survive a fork, and waiting for them would hang
+    global _in_fork
+    _in_fork = True
+
+
+_in_fork = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_stay_single)
 
 
 def _address(x: Tensor | None) -> int:

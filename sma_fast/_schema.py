@@ -2,7 +2,7 @@
 
 The registered ops take every argument by position, with defaults already filled in by
 `sma_fast.ops`. Fakes give shapes and types only and are shared by torch.compile and opcheck.
-Ops that only select carry no gradient: their outputs are marked non-differentiable.
+Ops that only select carry no gradient.
 """
 
 import torch
@@ -64,12 +64,9 @@ def _autograd(name, setup, backward):
     )
 
 
-def _no_gradient(name, num_inputs):
-    def setup(ctx, inputs, output):
-        outputs = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*outputs)
-
-    _autograd(name, setup, lambda ctx, *grads: (None,) * num_inputs)
+def _no_gradient(name):
+    # nothing to record: autograd steps aside, which costs a call nothing
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 # attention_scores
@@ -84,7 +81,7 @@ def attention_scores(
     return key.new_empty(shape, dtype=torch.float32)
 
 
-_no_gradient("attention_scores", 7)
+_no_gradient("attention_scores")
 
 
 # aggregate_attention
@@ -97,7 +94,7 @@ def aggregate_attention(attention, query_index, head_index, head_reduce, logits)
     return attention.new_empty(shape, dtype=torch.float32)
 
 
-_no_gradient("aggregate_attention", 5)
+_no_gradient("aggregate_attention")
 
 
 # select_tokens
@@ -133,7 +130,7 @@ def select_tokens(
     return _fake_selection(scores, batch, tokens, *widths)
 
 
-_no_gradient("select_tokens", 9)
+_no_gradient("select_tokens")
 
 
 # draw_queries
@@ -144,7 +141,7 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask):
     return noise.new_empty((noise.shape[0], num_queries), dtype=torch.int64)
 
 
-_no_gradient("draw_queries", 4)
+_no_gradient("draw_queries")
 
 
 # gather_tokens: its backward is linear too, so the two are each other's derivative
@@ -278,7 +275,7 @@ _autograd("self_guided_masking", _self_guided_setup, _self_guided_backward)
 @_fake
 def random_masking(tokens, noise, mask_ratio):
     batch, count = tokens.shape[:2]
-    keep = int(count * (1 - mask_ratio))
+    keep = torch.sym_int(count * (1 - mask_ratio))  # int() would pin the size
     return (
         tokens.new_empty((batch, keep) + tokens.shape[2:]),
         tokens.new_empty((batch, count), dtype=torch.float32),

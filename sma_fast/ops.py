@@ -309,7 +309,10 @@ def draw_queries(
             )
     if rows is not None:
         _check_tensor("num_queries", rows, 1, "(B,)", _INTS)
-        batch = _agree("batch", batch, rows.shape[0])
+        if batch is None:
+            batch = rows.shape[0]
+        if rows.shape[0] != batch:
+            raise ValueError(f"num_queries: got shape {tuple(rows.shape)}, allowed is ({batch},)")
         device = device or rows.device
     if batch is None or num_candidates is None:
         missing = "batch" if batch is None else "num_candidates"
@@ -425,9 +428,7 @@ def self_guided_masking(
     if head_reduce == "random":
         if head_index is not None:
             raise ValueError("head_index: got a tensor, allowed is None with head_reduce='random'")
-        head_index = torch.randint(
-            heads, query_index.shape, generator=generator, device=key.device
-        )
+        head_index = _randint(heads, query_index.shape, generator, key.device)
         head_reduce = "mean"
     else:
         head_index = _head_index(head_index, head_reduce, batch, queries, query_index, key)
@@ -577,11 +578,20 @@ def _check_ratio(name: str, value: float, low: float = 0.0) -> None:
 
 
 def _check_count(name: str, value: int, high: int | None) -> None:
-    allowed = "an int of at least 0" if high is None else f"an int in [0, {high}]"
+    # `high` is put into words only to raise: under torch.compile that would pin the size
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is {allowed}")
-    if value < 0 or (high is not None and value > high):
-        raise ValueError(f"{name}: got {value}, allowed is {allowed}")
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed is an int of at least 0")
+    if high is None and value < 0:
+        raise ValueError(f"{name}: got {value}, allowed is an int of at least 0")
+    if high is not None and (value < 0 or value > high):
+        raise ValueError(f"{name}: got {value}, allowed is an int in [0, {high}]")
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: got {type(generator).__name__}, allowed is a torch.Generator or None"
+        )
 
 
 def _check_rows(name: str, rows: Tensor, batch: int, like: Tensor) -> None:
@@ -722,4 +732,16 @@ def _noise(
 def _rand(
     batch: int, width: int, generator: torch.Generator | None, device: torch.device | str | None
 ) -> Tensor:
+    _check_generator(generator)
+    if generator is None:  # the overload that takes one refuses symbolic sizes
+        return torch.rand((batch, width), dtype=torch.float32, device=device)
     return torch.rand((batch, width), generator=generator, dtype=torch.float32, device=device)
+
+
+def _randint(
+    high: int, shape: Sequence[int], generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    _check_generator(generator)
+    if generator is None:
+        return torch.randint(high, shape, device=device)
+    return torch.randint(high, shape, generator=generator, device=device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()  # nothing that selects is differentiable
 def attention_scores(
     query: Tensor,  # (B or 1, H, M, D)
     key: Tensor,  # (B, H_kv, N, D)
@@ -31,16 +32,18 @@ def attention_scores(
         check_index("query_index", query_index, -1, query.shape[2])
     query = query.to(dtype).expand(batch, -1, -1, -1)
     key = key.to(dtype).repeat_interleave(heads // kv_heads, dim=1)  # (B, H, N, D)
-    logits = _take_rows(query, query_index) @ key.transpose(2, 3) * scale  # (B, H, R, N)
+    with torch.autocast(key.device.type, enabled=False):  # which would round the products
+        logits = _take_rows(query, query_index) @ key.transpose(2, 3) * scale  # (B, H, R, N)
     if key_padding_mask is not None:
-        logits = logits.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
-        empty_row = key_padding_mask.all(dim=1)[:, None, None, None]
-        attention = logits.softmax(dim=3).masked_fill(empty_row, 0.0)
+        padding = key_padding_mask[:, None, None, :]
+        logits = logits.masked_fill(padding, float("-inf"))
+        attention = logits.softmax(dim=3).masked_fill(padding, 0.0)  # a row of padding gave NaN
     else:
         attention = logits.softmax(dim=3)
     return _reduce(attention, query_index, query.shape[2], head_index, head_reduce)
 
 
+@torch.no_grad()
 def aggregate_attention(
     attention: Tensor,  # (B, H, M, N)
     query_index: Tensor | None,  # (B, R)
@@ -132,7 +135,8 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     row = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
     picked = tokens[row, torch.where(inside, ids, 0)]
     inside = inside.reshape(inside.shape + (1,) * (tokens.dim() - 2))
-    return torch.where(inside, picked, torch.zeros((), dtype=tokens.dtype, device=tokens.device))
+    zero = torch.zeros((), dtype=tokens.dtype, device=tokens.device)
+    return torch.where(inside, picked, zero).contiguous()
 
 
 def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
@@ -146,18 +150,19 @@ def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor
     )  # the last row takes what points nowhere
     row = torch.arange(batch, device=grad.device)[:, None]
     total.index_put_((row, torch.where(inside, ids, num_tokens)), grad.to(wide), accumulate=True)
-    return total[:, :num_tokens].to(grad.dtype)
+    return total[:, :num_tokens].to(grad.dtype).contiguous()
 
 
 def restore_tokens(visible: Tensor, ids_restore: Tensor, fill: Tensor) -> Tensor:
     # visible (B, V, C), ids_restore (B, N), fill (C,) or (B, K, C) -> (B, N, C); -1 gives zeros
     count = visible.shape[1]
     if fill.dim() == 3:
+        check_index("ids_restore", ids_restore, -1, count + fill.shape[1])
         return gather_tokens(torch.cat([visible, fill], dim=1), ids_restore)
     check_index("ids_restore", ids_restore, -1, count + ids_restore.shape[1])
     from_visible = gather_tokens(visible, torch.where(ids_restore < count, ids_restore, -1))
     filled = (ids_restore >= count) & (ids_restore < count + ids_restore.shape[1])
-    return torch.where(filled[:, :, None], fill, from_visible)
+    return torch.where(filled[:, :, None], fill, from_visible).contiguous()
 
 
 def restore_tokens_backward(
@@ -167,6 +172,7 @@ def restore_tokens_backward(
     num_fill: int | None,  # K of a (B, K, C) fill, None for a (C,) fill
 ) -> tuple[Tensor, Tensor]:  # (B, V, C) and the shape of fill
     if num_fill is not None:
+        check_index("ids_restore", ids_restore, -1, num_visible + num_fill)
         total = gather_tokens_backward(grad, ids_restore, num_visible + num_fill)
         return total[:, :num_visible].contiguous(), total[:, num_visible:].contiguous()
     bound = num_visible + ids_restore.shape[1]
@@ -217,8 +223,8 @@ def random_masking(
     keep = int(count * (1 - mask_ratio))
     valid = torch.ones_like(noise, dtype=torch.bool)
     masked = _rank(-noise, valid) >= keep
-    _, ids_visible, _, ids_restore, _, _ = _selection(masked, valid, keep, count - keep)
-    return gather_tokens(tokens, ids_visible), masked.float(), ids_restore
+    mask, ids_visible, _, ids_restore, _, _ = _selection(masked, valid, keep, count - keep)
+    return gather_tokens(tokens, ids_visible), mask.float(), ids_restore
 
 
 # What the ops above share.
@@ -311,8 +317,8 @@ def _selection(
     mask: Tensor, valid: Tensor, width_visible: int, width_masked: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # a (B, N) mask and the tokens that count -> the fields of TokenSelection
-    mask = mask & valid
-    visible = valid & ~mask
+    mask = (mask & valid).contiguous()
+    visible = (valid & ~mask).contiguous()
     at_visible = visible.cumsum(dim=1) - 1
     at_masked = mask.cumsum(dim=1) - 1
     ids_restore = torch.where(

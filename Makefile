@@ -1,0 +1,41 @@
+# make demo, make test and make bench each create .venv, install with constraints.txt, and run.
+# PYTHON picks the interpreter the environment is made from; DEMO_OUT the folder of the demo.
+PYTHON ?= python3
+DEMO_OUT ?= demo-out
+BIN := .venv/bin
+RESULT := .benchmarks/bench.json
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h' -o -name '*.c*')
+
+.PHONY: demo test bench lint gpu clean
+
+demo: .venv/installed
+	$(BIN)/sma-fast demo --out $(DEMO_OUT)
+
+test: .venv/installed
+	TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers $(BIN)/pytest
+
+bench: .venv/installed
+	mkdir -p $(dir $(RESULT))
+	$(BIN)/pytest bench --benchmark-json=$(RESULT)
+	$(BIN)/python -m bench.report $(RESULT)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# on a machine with a GPU whose torch, triton and pytest are already there
+gpu:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps .
+	SMA_FAST_REQUIRE=cpu,triton,cuda $(PYTHON) -m pytest
+
+# torch comes first and alone: a later step that wants a range of it then installs no other build
+.venv/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    timm==1.0.31 lightly==1.6.0
+	touch $@
+
+clean:
+	rm -rf .venv build dist demo-out .benchmarks sma_fast.egg-info sma_fast/_C*.so sma_fast/_build.json

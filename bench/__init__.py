@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench --benchmark-json=FILE`, then `python -m bench.report FILE`."""

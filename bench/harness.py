@@ -1,0 +1,293 @@
+"""One set-up for every benchmark: check, then time ours and its peers in turns.
+
+Traps avoided here:
+- A wrong answer is fast: each variant's answer is checked first, and a failure ends the benchmark.
+- A machine's speed drifts: variants take turns, ours, peer, peer, ours, ..., in one process, and
+  ratios are those of medians. A slow variant sits some turns out.
+- Fresh memory is slow: glibc hands large blocks back to the system when they are freed, and the
+  next call pays for page faults, several times the cost of a copy. That is what plain PyTorch on a
+  CPU costs its users, so it is the default here; `--keep-memory` makes glibc keep what is freed,
+  for all variants alike. The report says which of the two it was.
+- A GPU answers late: the clock waits for it, and a round there holds enough calls to hide the wait.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+import platform
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import sma_fast
+from bench import memory, roofline
+from bench.shapes import SHAPES, Shape, scaled_down
+
+BUDGET = 4.0  # seconds of timing for one benchmark, shared by its variants
+ROUNDS = 100  # at most
+FIXED_COST_CALLS = 500  # in a round, where only a call's fixed cost is left
+GPU_ROUND = 2e-3  # seconds that a round lasts at least on a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How this run was asked for."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch: int | None = None  # instead of each shape's own
+    quick: bool = False
+    compile: bool = True
+    keep_memory: bool = False
+
+    def shape(self, name: str) -> Shape:
+        shape = SHAPES[name]
+        if self.batch is not None and name != "2x16":
+            shape = dataclasses.replace(shape, batch=self.batch)
+        return scaled_down(shape) if self.quick else shape
+
+
+@dataclasses.dataclass
+class Case:
+    """One benchmark: one op on one shape.
+
+    `check(answer, ours)` raises where an answer is wrong. A peer that is a string was left out, and
+    the string says why.
+    """
+
+    op: str
+    part: str  # "forward", "backward", ...
+    shape: Shape
+    ours: Callable[[], Any]
+    peers: dict[str, Callable[[], Any] | str]
+    check: Callable[[Any, bool], None]
+    stages: list[roofline.Stage] = dataclasses.field(default_factory=list)
+    calls: int = 1  # in a round, on the CPU
+
+
+def compiled(settings: Settings, function: Callable, *args: Any) -> Callable[[], Any] | str:
+    """Returns a call of `function` under torch.compile for just these shapes, or why not."""
+    if not settings.compile:
+        return "--no-compile"
+    torch._dynamo.reset()  # the limit of recompilations counts over all shapes
+    return functools.partial(torch.compile(function, dynamic=False), *args)
+
+
+def backward(
+    function: Callable, arguments: tuple, inputs: tuple, grad: torch.Tensor
+) -> Callable[[], Any]:
+    """Returns a call of the backward pass of `function` alone: the gradients of `inputs`."""
+    output = function(*arguments)
+    return functools.partial(torch.autograd.grad, output, inputs, grad, retain_graph=True)
+
+
+def fixed_cost(case: Case, part: str) -> Case:
+    """Returns `case`, of a tiny shape, as a measure of what a call costs beside its work."""
+    eager = {"eager": case.peers["eager"]}
+    return dataclasses.replace(case, part=part, peers=eager, stages=[], calls=FIXED_COST_CALLS)
+
+
+def published_fits(shape: Shape, settings: Settings) -> str | None:
+    """Returns why the (B, H, M, N) map of the published formula cannot be held, or None."""
+    numbers = shape.batch * shape.heads * shape.queries * shape.tokens
+    needed = 3 * numbers * settings.dtype.itemsize  # logits, their softmax, and what is reduced
+    free = memory.free_bytes(settings.device)
+    if needed <= free:
+        return None
+    return f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
+
+
+def reference(call: Callable[[], Any]) -> Any:
+    """Returns the reference's answer."""
+    with sma_fast.use_backend("reference"):
+        return call()
+
+
+def our_backends(op: str, device: str) -> list[str]:
+    """Returns the backends to time: first the one that answers, then the others that could.
+
+    The reference is among them only where it answers, and Triton's interpreter never: its time
+    means nothing.
+    """
+    states = sma_fast.backends()[op][device]
+    answers = next(backend for backend, state in states.items() if state == "answers")
+    ready = [backend for backend, state in states.items() if state == "ready"]
+    left_out = ("reference", "triton") if device == "cpu" else ("reference",)
+    return [answers, *(backend for backend in ready if backend not in left_out)]
+
+
+@dataclasses.dataclass
+class _Variant:
+    name: str
+    call: Callable[[], Any]
+    ours: bool
+    forced: str | None = None  # the backend to force while it runs
+    estimate: float = 0.0  # seconds a call
+    rounds: int = 1
+    calls: int = 1
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def force(self) -> contextlib.AbstractContextManager:
+        return sma_fast.use_backend(self.forced) if self.forced else contextlib.nullcontext()
+
+    def round(self, device: str) -> float:
+        """Returns the seconds of one call, from a round of them."""
+        with self.force():
+            start = roofline.clock(device)
+            for _ in range(self.calls):
+                self.call()
+            return (roofline.clock(device) - start) / self.calls
+
+
+def measure(benchmark: Any, settings: Settings, case: Case) -> None:
+    """Checks all variants of `case`, times them in turns and files the result with `benchmark`."""
+    kernel = f"{case.op}_backward" if case.part == "backward" else case.op
+    backend, *others = our_backends(kernel, settings.device)
+    skipped = {name: why for name, why in case.peers.items() if isinstance(why, str)}
+    ours = _Variant("ours", case.ours, ours=True)
+    rest = [_Variant(f"ours ({name})", case.ours, ours=True, forced=name) for name in others]
+    rest += [
+        _Variant(name, call, ours=False) for name, call in case.peers.items() if name not in skipped
+    ]
+    for variant in (ours, *rest):
+        _check(variant, case, settings)
+    if benchmark.disabled:
+        benchmark.pedantic(case.ours)
+        return
+
+    for variant in (ours, *rest):
+        _plan(variant, case, settings, BUDGET / (1 + len(rest)))
+    turns = itertools.count()
+
+    def turn_of_the_rest() -> None:
+        now = next(turns)
+        for variant in rest:
+            every = max(1, ours.rounds // variant.rounds)
+            if now < ours.rounds and now % every == 0:
+                variant.seconds.append(variant.round(settings.device))
+
+    # pedantic times ours; its teardown, outside the time taken, gives the others their turn
+    benchmark.pedantic(
+        case.ours, rounds=ours.rounds, iterations=ours.calls, teardown=turn_of_the_rest
+    )
+    ours.seconds = list(benchmark.stats.stats.data)
+    benchmark.extra_info.update(_result(case, settings, backend, ours, rest, skipped))
+
+
+def _check(variant: _Variant, case: Case, settings: Settings) -> None:
+    with variant.force():
+        start = roofline.clock(settings.device)
+        answer = variant.call()
+        variant.estimate = roofline.clock(settings.device) - start
+    try:
+        case.check(answer, variant.ours)
+    except AssertionError as error:
+        raise AssertionError(
+            f"{case.op} on {case.shape.name}: {variant.name} is wrong, nothing is timed: {error}"
+        ) from error
+
+
+def _plan(variant: _Variant, case: Case, settings: Settings, budget: float) -> None:
+    # the first call warmed up or compiled; only a slow one that did not compile is not repeated
+    if variant.estimate < 1.0 or variant.name == "compiled":
+        variant.estimate = variant.round(settings.device)
+    variant.calls = case.calls
+    if settings.device == "cuda":
+        variant.calls = max(case.calls, math.ceil(GPU_ROUND / variant.estimate))
+    rounds = 2 if settings.quick else int(budget / (variant.estimate * variant.calls))
+    variant.rounds = min(max(rounds, 2), ROUNDS)
+
+
+def _result(
+    case: Case,
+    settings: Settings,
+    backend: str,
+    ours: _Variant,
+    rest: list[_Variant],
+    skipped: dict[str, str],
+) -> dict[str, Any]:
+    # what goes into the JSON: one row of the report
+    median = statistics.median(ours.seconds)
+    rates = roofline.rates(settings.device, settings.dtype, settings.quick)
+    floor = sum(stage.seconds(rates) for stage in case.stages)
+    return {
+        "op": case.op,
+        "part": case.part,
+        "shape": case.shape.name,
+        "batch": case.shape.batch,
+        "device": settings.device,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "backend": backend,
+        "ours_s": median,
+        "ours_min_s": min(ours.seconds),
+        "rounds": len(ours.seconds),
+        "bytes": sum(stage.bytes for stage in case.stages),
+        "operations": sum(stage.operations for stage in case.stages),
+        "stages": [{**s._asdict(), "floor_s": s.seconds(rates)} for s in case.stages],
+        **rates._asdict(),
+        "floor_s": floor if case.stages else None,
+        "over_floor": median / floor if case.stages else None,
+        "peers": {
+            variant.name: {
+                "median_s": statistics.median(variant.seconds),
+                "min_s": min(variant.seconds),
+                "rounds": len(variant.seconds),
+                "ratio": statistics.median(variant.seconds) / median,
+            }
+            for variant in rest
+        },
+        "skipped": skipped,
+    }
+
+
+def measure_memory(benchmark: Any, settings: Settings, op: str, name: str) -> None:
+    """Files the peak memory of one call, ours beside plain PyTorch's."""
+    device, dtype, quick = settings.device, settings.dtype, settings.quick
+    ours = benchmark.pedantic(memory.peak_bytes, ("ours", name, device, dtype, quick))
+    eager = memory.peak_bytes("eager", name, device, dtype, quick)
+    benchmark.extra_info.update(
+        op=op,
+        part="peak memory",
+        shape=name,
+        batch=SHAPES[name].batch,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        backend=our_backends(op, device)[0],
+        peak_bytes=ours,
+        peers={"eager": {"peak_bytes": eager}},
+        skipped={},
+    )
+
+
+def session(settings: Settings) -> dict[str, Any]:
+    """Returns what is the same for all benchmarks of a run: machine, versions, choices and rates.
+
+    The rates are measured again: where those after differ from those before, the run was disturbed.
+    """
+    asked = (settings.device, settings.dtype, settings.quick)
+    before, after = roofline.rates(*asked), roofline.measure_rates(*asked)
+    rates = before._asdict() | {f"{name}_after": rate for name, rate in after._asdict().items()}
+    config = dict(line.split(": ", 1) for line in sma_fast.show_config().splitlines())
+    if settings.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{_processor()}, {torch.get_num_threads()} threads"
+    return {
+        "machine": machine,
+        "memory": "kept when freed" if settings.keep_memory else "as the system gives it",
+        "quick": settings.quick,
+        "rates": {str(settings.dtype).removeprefix("torch."): rates},
+        "config": {name: value for name, value in config.items() if "/" not in value},  # no paths
+    }
+
+
+def _processor() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(": ", 1)[1].strip()
+    return platform.machine()

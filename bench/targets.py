@@ -1,0 +1,92 @@
+"""The speed to reach, from the issues: the one place where these figures stand."""
+
+from typing import NamedTuple
+
+from bench.shapes import SHAPES
+
+
+class Target(NamedTuple):
+    """A bound on one row of the report.
+
+    `measure` is "floor" (time over floor, at most), "best" (the faster of eager and compiled plain
+    PyTorch over ours, at least), another peer's name (its time over ours, at least),
+    "microseconds" or "MiB" (at most).
+    """
+
+    op: str
+    part: str
+    shape: str
+    measure: str
+    bound: float
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch: int | None = None  # None: the shape's own
+
+    @property
+    def at_most(self) -> bool:
+        return self.measure in ("floor", "microseconds", "MiB")
+
+    def value(self, row: dict) -> float | None:
+        """Returns what `row` measured, or None where the peer was left out."""
+        if self.measure == "floor":
+            return row["over_floor"]
+        if self.measure == "microseconds":
+            return row["ours_s"] * 1e6
+        if self.measure == "MiB":
+            return row["peak_bytes"] / 2**20
+        names = ("eager", "compiled") if self.measure == "best" else (self.measure,)
+        ratios = [row["peers"].get(name, {}).get("ratio") for name in names]
+        return None if None in ratios else min(ratios)
+
+    def met(self, row: dict) -> bool | None:
+        value = self.value(row)
+        if value is None:
+            return None
+        return value <= self.bound if self.at_most else value >= self.bound
+
+    def __str__(self) -> str:
+        unit = {"floor": "x floor", "microseconds": "us", "MiB": "MiB"}.get(
+            self.measure, f"x {self.measure}"
+        )
+        return f"{'<=' if self.at_most else '>='} {self.bound:g} {unit}"
+
+
+TARGETS = (
+    *(
+        Target("self_guided_masking", "forward", shape, "floor", 1.4)
+        for shape in ("protein", "molecule", "image", "long")
+    ),
+    Target("self_guided_masking", "forward", "protein", "best", 5),
+    Target("self_guided_masking", "forward", "molecule", "best", 2.5),
+    *(
+        Target("self_guided_masking", "forward", shape, "best", 3)
+        for shape in ("physics", "image", "long")
+    ),
+    *(
+        Target("self_guided_masking", "forward", shape, "published", 20)
+        for shape in ("protein", "molecule", "image")
+    ),
+    Target("random_masking", "forward", "vit", "mae", 8),
+    *(
+        Target(op, part, shape, "floor", 1.3)
+        for op in ("gather_tokens", "restore_tokens")
+        for part in ("forward", "backward")
+        for shape in ("vit", "protein")
+    ),
+    Target("select_tokens", "forward", "protein", "topk+scatter+nonzero", 4),
+    Target("select_tokens", "forward", "long", "topk+scatter+nonzero", 15),
+    Target("select_tokens", "fixed cost", "2x16", "microseconds", 25),
+    Target("self_guided_masking", "fixed cost", "2x16", "microseconds", 40),
+    Target("self_guided_masking", "fixed cost, drawn", "2x16", "microseconds", 40),
+    Target("self_guided_masking", "peak memory", "long", "MiB", 96),
+)
+
+
+def targets_of(row: dict) -> list[Target]:
+    """Returns the targets that speak of this row."""
+    key = (row["op"], row["part"], row["shape"], row["device"], row["dtype"], row["batch"])
+    return [
+        t
+        for t in TARGETS
+        if key == (t.op, t.part, t.shape, t.device, t.dtype, t.batch or SHAPES[t.shape].batch)
+    ]
