@@ -45,6 +45,25 @@ struct ScoreRows {
   int32_t* query;
 };
 
+// Rows of keys that are packed next: touched line by line between register tiles, so that they come
+// in from memory while this chunk is multiplied.
+struct Ahead {
+  const char* keys;      // of the head they belong to
+  const int32_t* index;  // which rows, or null: all in order
+  int64_t row_stride, row_bytes, row, end, offset;
+
+  void touch(int64_t lines) {
+    for (; lines > 0 && row < end; --lines) {
+      __builtin_prefetch(keys + (index == nullptr ? row : index[row]) * row_stride + offset, 0, 2);
+      offset += 64;
+      if (offset >= row_bytes) {
+        offset = 0;
+        ++row;
+      }
+    }
+  }
+};
+
 // out[r][n] = q[r] . k[n] for kRows queries and kPanels panels of kLanes keys; best[r] = maximum.
 template <int kRows, int kPanels>
 inline void logits_tile(const float* queries, const float* keys, int64_t width, float* out,
@@ -73,27 +92,38 @@ inline void logits_tile(const float* queries, const float* keys, int64_t width, 
 
 template <int kRows>
 void logits_rows(const float* queries, const float* keys, int64_t width, int64_t panels,
-                 float* out, int64_t out_stride, float* best) {
-  constexpr int kPanels = kRows * 6 <= 2 * kTileRows ? 6 : kRows * 4 <= 2 * kTileRows ? 4 : 2;
+                 float* out, int64_t out_stride, float* best, Ahead* ahead, int64_t lines) {
+  constexpr int kPanels = kRows * 8 <= 2 * kTileRows ? 8 : kRows * 4 <= 2 * kTileRows ? 4 : 2;
   Vf maxima[kRows];
   for (int i = 0; i < kRows; ++i) maxima[i] = splat(-kInfinity);
   int64_t p = 0;
-  for (; p + kPanels <= panels; p += kPanels)
+  for (; p + kPanels <= panels; p += kPanels) {
+    ahead->touch(lines * kPanels);
     logits_tile<kRows, kPanels>(queries, keys + p * width * kLanes, width, out + p * kLanes,
                                 out_stride, maxima);
-  for (; p < panels; ++p)
+  }
+  for (; kPanels > 2 && p + 2 <= panels; p += 2) {
+    ahead->touch(lines * 2);
+    logits_tile<kRows, 2>(queries, keys + p * width * kLanes, width, out + p * kLanes, out_stride,
+                          maxima);
+  }
+  for (; p < panels; ++p) {
+    ahead->touch(lines);
     logits_tile<kRows, 1>(queries, keys + p * width * kLanes, width, out + p * kLanes, out_stride,
                           maxima);
+  }
   for (int i = 0; i < kRows; ++i) best[i] = reduce_max(maxima[i]);
 }
 
 template <int kRows = 1>
 void logits_any(int64_t rows, const float* queries, const float* keys, int64_t width,
-                int64_t panels, float* out, int64_t out_stride, float* best) {
+                int64_t panels, float* out, int64_t out_stride, float* best, Ahead* ahead,
+                int64_t lines) {
   if constexpr (kRows < kTileRows)
     if (rows != kRows)
-      return logits_any<kRows + 1>(rows, queries, keys, width, panels, out, out_stride, best);
-  logits_rows<kRows>(queries, keys, width, panels, out, out_stride, best);
+      return logits_any<kRows + 1>(rows, queries, keys, width, panels, out, out_stride, best,
+                                   ahead, lines);
+  logits_rows<kRows>(queries, keys, width, panels, out, out_stride, best, ahead, lines);
 }
 
 // Row groups of nearly equal size, each at most kTileRows.
@@ -252,13 +282,28 @@ void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t 
         const int64_t panels = (count + kLanes - 1) / kLanes;
         pack_keys(key, a.key_strides[2], a.key_strides[3], a.width, index, first, count,
                   packed_keys);
+        // the next chunk of this head, or the first one of the next
+        const bool last = c + 1 == mine.end;
+        const int64_t next_first = (last ? mine.begin : c + 1) * kChunk;
+        const int64_t size = static_cast<int64_t>(sizeof(T));
+        Ahead ahead = {
+            reinterpret_cast<const char*>(last ? key + a.key_strides[1] : key),
+            index,
+            a.key_strides[2] * size,
+            a.width * size,
+            next_first,
+            last && g + 1 == a.kv_heads ? 0 : smaller(next_first + kChunk, valid),
+            0,
+        };
+        const int64_t groups = (rows.count + kTileRows - 1) / kTileRows;
+        const int64_t lines = (kLanes * ((a.width * size + 63) / 64) + groups - 1) / groups;
         for (int64_t begin = 0, i = 0; begin < rows.count; ++i) {
           const Range range = row_group(rows.count, i);
-          const int64_t size = range.end - range.begin;
+          const int64_t group_rows = range.end - range.begin;
           float* best = maxima[parity] + c * stride + range.begin;
-          logits_any(size, packed_queries + range.begin * a.width, packed_keys, a.width, panels,
-                     logits, panels * kLanes, best);
-          for (int64_t r = 0; r < size; ++r)
+          logits_any(group_rows, packed_queries + range.begin * a.width, packed_keys, a.width, panels,
+                     logits, panels * kLanes, best, &ahead, lines);
+          for (int64_t r = 0; r < group_rows; ++r)
             totals[parity][c * stride + range.begin + r] = exponentials(
                 logits + r * panels * kLanes, best[r], count,
                 e + first * rows.count + (range.begin + r) * panels * kLanes, past_caches);

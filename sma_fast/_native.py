@@ -75,7 +75,7 @@ def build_info() -> dict[str, object]:
     try:
         return dict(_module().build_info())
     except (_dispatch.Unavailable, RuntimeError) as reason:
-        return {"native module": str(reason)}
+        return {"native module": str(reason).removeprefix("native module ")}
 
 
 def cpu_instruction_sets() -> tuple[str, ...]:
@@ -433,32 +433,34 @@ def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # large outputs come from the module's cache of freed blocks (csrc/cpu/cache.h); in
     # deterministic mode torch.empty fills what it returns, so that reading it shows
-    size = math.prod(shape) * dtype.itemsize
-    if size < _CACHED_FROM or dtype not in _DLPACK or torch.are_deterministic_algorithms_enabled():
+    if math.prod(shape) * dtype.itemsize < _CACHED_FROM or dtype not in _DLPACK:
+        return torch.empty(*shape, dtype=dtype)
+    if torch.are_deterministic_algorithms_enabled():
         return torch.empty(shape, dtype=dtype)
     return from_dlpack(_module().empty_output(shape, *_DLPACK[dtype]))
 
 
 def _selection(batch: int, tokens: int, visible: int, masked: int) -> tuple[Tensor, ...]:
+    empty = _empty if batch * tokens * 8 >= _CACHED_FROM else _small
     return (
-        _empty((batch, tokens), torch.bool),
-        _empty((batch, visible), torch.int64),
-        _empty((batch, masked), torch.int64),
-        _empty((batch, tokens), torch.int64),
+        empty((batch, tokens), torch.bool),
+        empty((batch, visible), torch.int64),
+        empty((batch, masked), torch.int64),
+        empty((batch, tokens), torch.int64),
         torch.empty(batch, dtype=torch.int32),
         torch.empty(batch, dtype=torch.int32),
     )
+
+
+def _small(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype)
 
 
 def _gather(tokens: Tensor, out: Tensor) -> tuple[int, ...]:
     size = tokens.element_size()
-    return (
-        tokens.data_ptr(),
-        tokens.stride(0) * size,
-        tokens.stride(1) * size,
-        tokens.shape[2:].numel() * size,
-        out.data_ptr(),
-    )
+    row = size * math.prod(tokens.shape[2:])
+    batch_stride, token_stride = tokens.stride()[:2]
+    return tokens.data_ptr(), batch_stride * size, token_stride * size, row, out.data_ptr()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -467,6 +469,8 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _contiguous_rows(x: Tensor) -> Tensor:
     # any strides between rows; a row itself in one piece
+    if x.is_contiguous():
+        return x
     expected = 1
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size != 1 and stride != expected:

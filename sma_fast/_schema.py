@@ -260,8 +260,8 @@ def _self_guided_setup(ctx, inputs, output):
 def _self_guided_backward(ctx, *grads):
     (ids_visible,) = ctx.saved_tensors
     to_tokens = [
-        None if g is None else _ops.gather_tokens_backward(g, ids_visible, ctx.num_tokens)
-        for g in grads[7]
+        _ops.gather_tokens_backward(g, ids_visible, ctx.num_tokens) if needed else None
+        for g, needed in zip(grads[7], ctx.needs_input_grad[2], strict=True)
     ]
     return (None, None, to_tokens) + (None,) * 10
 

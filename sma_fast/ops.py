@@ -193,7 +193,7 @@ def select_tokens(
     _check_mask("key_padding_mask", key_padding_mask, (batch, tokens), scores)
     noise = _noise(noise, generator, random_fraction, pool_ratio, mask_ratio, scores, batch, tokens)
     return TokenSelection(
-        *_ops.select_tokens(
+        *_ops.select_tokens.default(
             scores,
             key_padding_mask,
             noise,
@@ -411,29 +411,32 @@ def self_guided_masking(
             + ("neither" if num_queries is None else "both")
             + ", allowed is exactly one"
         )
+    if query_index is not None:
+        query_index = _query_index(query_index, batch, queries, key)
+        selected = query_index.shape[1]
+    elif isinstance(num_queries, Tensor):
+        _check_tensor("num_queries", num_queries, 1, "(B,)", _INTS)
+        _check_rows("num_queries", num_queries, batch, key)
+        selected, rows = queries, num_queries
+    else:
+        _check_count("num_queries", num_queries, queries)
+        selected, rows = max(num_queries, min(1, queries)), None
+    if head_reduce == "random" and head_index is not None:
+        raise ValueError("head_index: got a tensor, allowed is None with head_reduce='random'")
+    head_index = _head_index(head_index, head_reduce, batch, selected, None, key)
+    _check_shares(random_fraction, pool_ratio, mask_ratio)
+    scale = _scale(scale, query)
+
     if query_index is None:
         if query_padding_mask is None and mask_queries:
             query_padding_mask = key_padding_mask
-        if isinstance(num_queries, Tensor):
-            _check_tensor("num_queries", num_queries, 1, "(B,)", _INTS)
-            _check_rows("num_queries", num_queries, batch, key)
-            width, rows = queries, num_queries
-        else:
-            _check_count("num_queries", num_queries, queries)
-            width, rows = max(num_queries, min(1, queries)), None
         drawn = _rand(batch, queries, generator, key.device)
-        query_index = _ops.draw_queries(drawn, width, rows, query_padding_mask)
-    else:
-        query_index = _query_index(query_index, batch, queries, key)
+        query_index = _ops.draw_queries.default(drawn, selected, rows, query_padding_mask)
     if head_reduce == "random":
-        if head_index is not None:
-            raise ValueError("head_index: got a tensor, allowed is None with head_reduce='random'")
         head_index = _randint(heads, query_index.shape, generator, key.device)
         head_reduce = "mean"
-    else:
-        head_index = _head_index(head_index, head_reduce, batch, queries, query_index, key)
     noise = _noise(None, generator, random_fraction, pool_ratio, mask_ratio, key, batch, count)
-    result = _ops.self_guided_masking(
+    arguments = (
         query,
         key,
         tokens,
@@ -442,12 +445,18 @@ def self_guided_masking(
         key_padding_mask,
         noise,
         mask_ratio,
-        _scale(scale, query),
+        scale,
         head_reduce,
         mask_queries,
         random_fraction,
         pool_ratio,
     )
+    record = torch.is_grad_enabled() and any(x.requires_grad for x in tokens)
+    if record or torch.compiler.is_compiling():
+        result = _ops.self_guided_masking(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():  # nothing to record: a call costs less without
+            result = _ops.self_guided_masking.default(*arguments)
     return SelfGuidedMasking(
         TokenSelection(*result[:6]), result[6], tuple(result[7]), query_index, head_index
     )
@@ -543,16 +552,17 @@ def _check_ids(name: str, ids: Tensor, shape: str, tokens: Tensor) -> None:
 def _check_query_key(query: Tensor, key: Tensor) -> None:
     _check_tensor("query", query, 4, "(B or 1, H, M, D)", _FLOATS)
     _check_tensor("key", key, 4, "(B, H_kv, N, D)", _FLOATS)
-    if query.shape[0] != key.shape[0] and query.shape[0] != 1:
+    query_batch, heads, _, width = query.shape
+    batch, kv_heads, _, key_width = key.shape
+    if query_batch != batch and query_batch != 1:
         raise ValueError(
-            f"query: got batch {query.shape[0]}, allowed is 1 or {key.shape[0]}, the batch of key"
+            f"query: got batch {query_batch}, allowed is 1 or {batch}, the batch of key"
         )
-    if query.shape[3] != key.shape[3] or query.shape[3] == 0:
+    if width != key_width or width == 0:
         raise ValueError(
-            f"query, key: got head widths {query.shape[3]} and {key.shape[3]}, allowed is one "
-            "width of at least 1"
+            f"query, key: got head widths {width} and {key_width}, allowed is one width of at "
+            "least 1"
         )
-    heads, kv_heads = query.shape[1], key.shape[1]
     if heads == 0 or kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
             f"key: got {kv_heads} heads, allowed is a divisor of the {heads} heads of query"
@@ -575,6 +585,19 @@ def _check_ratio(name: str, value: float, low: float = 0.0) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, allowed is a float in [{low}, 1]")
     if not low <= value <= 1:
         raise ValueError(f"{name}: got {value}, allowed is [{low}, 1]")
+
+
+def _check_shares(
+    random_fraction: float, pool_ratio: float | None, mask_ratio: float | None
+) -> None:
+    _check_ratio("random_fraction", random_fraction)
+    if pool_ratio is not None:
+        _check_ratio("pool_ratio", pool_ratio, mask_ratio or 0.0)
+        if random_fraction > 0:
+            raise ValueError(
+                f"random_fraction, pool_ratio: got {random_fraction} and {pool_ratio}, allowed is "
+                "at most one"
+            )
 
 
 def _check_count(name: str, value: int, high: int | None) -> None:
@@ -714,14 +737,7 @@ def _noise(
     tokens: int,
 ) -> Tensor | None:
     # checks the two kinds of random share and draws the noise that they need, if any
-    _check_ratio("random_fraction", random_fraction)
-    if pool_ratio is not None:
-        _check_ratio("pool_ratio", pool_ratio, mask_ratio or 0.0)
-        if random_fraction > 0:
-            raise ValueError(
-                f"random_fraction, pool_ratio: got {random_fraction} and {pool_ratio}, allowed is "
-                "at most one"
-            )
+    _check_shares(random_fraction, pool_ratio, mask_ratio)
     if noise is not None:
         _check_noise(noise, batch, tokens, like)
     elif random_fraction > 0 or pool_ratio is not None:
@@ -734,7 +750,7 @@ def _rand(
 ) -> Tensor:
     _check_generator(generator)
     if generator is None:  # the overload that takes one refuses symbolic sizes
-        return torch.rand((batch, width), dtype=torch.float32, device=device)
+        return torch.rand(batch, width, dtype=torch.float32, device=device)
     return torch.rand((batch, width), generator=generator, dtype=torch.float32, device=device)
 
 

@@ -204,7 +204,7 @@ def self_guided_masking(
     )  # (B, N)
     wanted = scores
     if mask_queries:
-        drawn = torch.zeros_like(scores[:, :1]).expand(-1, scores.shape[1] + 1).contiguous()
+        drawn = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
         last = torch.full_like(query_index, scores.shape[1])
         drawn.scatter_(1, torch.where(query_index < 0, last, query_index), 1.0)
         wanted = scores.masked_fill(drawn[:, :-1] > 0, float("inf"))

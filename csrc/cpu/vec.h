@@ -42,7 +42,15 @@ inline V load(const T* p) {
 }
 template <class V, class T>
 inline void store(T* p, V v) { memcpy(p, &v, sizeof(V)); }
-inline Vf splat(float x) { return Vf{} + x; }
+inline Vf splat(float x) {  // 0 + x would be an addition: it changes -0
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vf>(_mm512_set1_ps(x));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vf>(_mm256_set1_ps(x));
+#else
+  return Vf{x, x, x, x};
+#endif
+}
 inline Vi splat(int32_t x) { return Vi{} + x; }
 inline Vi iota() {
   Vi v{};
@@ -59,16 +67,22 @@ inline Vf as_float(Vi v) { Vf r; memcpy(&r, &v, sizeof v); return r; }
 
 inline Vf maximum(Vf a, Vf b) { return a > b ? a : b; }
 inline float reduce_max(Vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
   float r = v[0];
   for (int i = 1; i < kLanes; ++i) r = v[i] > r ? v[i] : r;
   return r;
+#endif
 }
 inline float reduce_add(Vf v) {
-  float part[kLanes];
-  store(part, v);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) part[i] += part[i + step];
-  return part[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+  float r = 0.0f;
+  for (int i = 0; i < kLanes / 2; ++i) r += v[i] + v[i + kLanes / 2];
+  return r;
+#endif
 }
 
 // 2^x for x <= 0, relative error below 2e-7: below 2^-126.5 it gives 0, NaN stays NaN.

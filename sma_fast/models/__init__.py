@@ -1,0 +1,6 @@
+"""Models over the ops: plain modules around F.scaled_dot_product_attention."""
+
+from sma_fast.models.published import load_published
+from sma_fast.models.sma import SMAConfig, SMAForPretraining
+
+__all__ = ["SMAConfig", "SMAForPretraining", "load_published"]

@@ -1,0 +1,267 @@
+"""Every implementation this machine has, checked against the oracle and timed beside PyTorch.
+
+Letters in the shapes: B batch, N tokens, V visible, K masked, H heads, M queries, R selected
+queries, D head width, C token width.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import sma_fast
+
+OPS = ("attention_scores", "select_tokens", "gather_tokens", "self_guided_masking")
+PLAIN = "plain PyTorch"
+ROUNDS = 15
+SECONDS = 0.01  # of each variant in a round
+SLOW = 0.3  # seconds a call from which one measurement will do: Triton's interpreter
+# float32 sums of a few softmax rows, in any order
+RTOL, ATOL = 1e-4, 1e-6
+
+
+class BackendMismatch(RuntimeError):
+    """Raised where an implementation disagrees with the oracle."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch at the first attention layer, with the queries drawn already.
+
+    Attributes:
+        query: (1, H, M, D).
+        key: (B, H, N, D).
+        tokens: (B, N, C).
+        query_index: (B, R) int64.
+        mask_ratio: share of the N tokens to mask.
+    """
+
+    query: Tensor
+    key: Tensor
+    tokens: Tensor
+    query_index: Tensor
+    mask_ratio: float
+
+    def to(self, device: str) -> "Batch":
+        tensors = (self.query, self.key, self.tokens, self.query_index)
+        return Batch(*(x.to(device) for x in tensors), self.mask_ratio)
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one implementation of one op did: `seconds` a call, `samples` a second."""
+
+    op: str
+    device: str
+    backend: str
+    seconds: float
+    samples: float
+
+
+def compare_backends(batch: Batch) -> tuple[list[Row], dict[str, str]]:
+    """Returns times of every implementation that answers here, and why the others do not.
+
+    Each is checked first: scores against the oracle's within tolerance, masks outside near ties;
+    with the oracle's scores given, masks and ids bit for bit; gathered tokens bit for bit. Plain
+    PyTorch is held to the same.
+
+    Args:
+        batch: on the CPU; a copy goes to the GPU where there is one.
+
+    Returns:
+        Rows, in the order of OPS, plain PyTorch first; and ``{"<backend> on <device>": reason}``
+        for `self_guided_masking`.
+
+    Raises:
+        BackendMismatch: naming the op, the implementation and what differs.
+    """
+    rows, missing = [], {}
+    table = sma_fast.backends()
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        here = batch.to(device)
+        with sma_fast.use_backend("reference"):
+            expected = {op: _call(op, here, None) for op in OPS[:1] + OPS[3:]}
+            scores = expected["attention_scores"]
+            for op in OPS[1:3]:
+                expected[op] = _call(op, here, scores)
+        for op in OPS:
+            variants: dict[str, Callable[[], object]] = {}
+            plain = _PLAIN[op]
+            _check(op, device, PLAIN, plain(here, scores), expected, here)
+            variants[PLAIN] = lambda plain=plain, here=here, scores=scores: plain(here, scores)
+            for backend, state in table[op][device].items():
+                if state not in ("answers", "ready"):
+                    if op == "self_guided_masking":
+                        missing[f"{backend} on {device}"] = state
+                    continue
+                with sma_fast.use_backend(backend):
+                    _check(op, device, backend, _call(op, here, scores), expected, here)
+                variants[backend] = _forced(backend, op, here, scores)
+            for backend, seconds in _time(variants, device).items():
+                rows.append(Row(op, device, backend, seconds, len(here.key) / seconds))
+    return rows, missing
+
+
+def table(rows: list[Row], unit: str) -> str:
+    """Returns `rows` as text, with each time over that of plain PyTorch."""
+    lines = [f"{'op':<20} {'device':<7} {'backend':<14} {'ms/call':>9} {unit + '/s':>12} {'x':>6}"]
+    plain = {(row.op, row.device): row.seconds for row in rows if row.backend == PLAIN}
+    for row in rows:
+        lines.append(
+            f"{row.op:<20} {row.device:<7} {row.backend:<14} {row.seconds * 1e3:>9.3f} "
+            f"{row.samples:>12,.0f} {plain[row.op, row.device] / row.seconds:>6.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _call(op: str, batch: Batch, scores: Tensor | None) -> object:
+    if op == "attention_scores":
+        return sma_fast.attention_scores(batch.query, batch.key, query_index=batch.query_index)
+    if op == "select_tokens":
+        return sma_fast.select_tokens(scores, mask_ratio=batch.mask_ratio)
+    if op == "gather_tokens":
+        return sma_fast.gather_tokens(batch.tokens, _visible(batch))
+    return sma_fast.self_guided_masking(
+        batch.query,
+        batch.key,
+        batch.tokens,
+        mask_ratio=batch.mask_ratio,
+        query_index=batch.query_index,
+    )
+
+
+def _forced(backend: str, op: str, batch: Batch, scores: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with sma_fast.use_backend(backend):
+            return _call(op, batch, scores)
+
+    return run
+
+
+def _visible(batch: Batch) -> Tensor:
+    # (B, V): every second token and so on, for gather_tokens alone
+    batch_size, _, tokens, _ = batch.key.shape
+    visible = tokens - round(batch.mask_ratio * tokens)
+    ids = torch.arange(visible, device=batch.key.device) * tokens // max(visible, 1)
+    return ids.expand(batch_size, -1).contiguous()
+
+
+# Plain PyTorch of the best algebra: only the selected rows are scored.
+
+
+def _plain_scores(batch: Batch, scores: Tensor | None = None) -> Tensor:
+    count, heads, _, width = batch.key.shape
+    index = batch.query_index[:, None, :, None].expand(-1, heads, -1, width)
+    query = batch.query.expand(count, -1, -1, -1).gather(2, index)  # (B, H, R, D)
+    logits = query @ batch.key.transpose(2, 3) * width**-0.5
+    return logits.softmax(dim=3).sum(dim=2).mean(dim=1)  # (B, N)
+
+
+def _plain_select(batch: Batch, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, tokens = scores.shape
+    masked = round(batch.mask_ratio * tokens)
+    ids_masked = scores.topk(masked, dim=1).indices.sort(dim=1).values
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids_masked, True)
+    ids_visible = (~mask).nonzero()[:, 1].view(rows, tokens - masked)
+    return mask, ids_visible, ids_masked
+
+
+def _plain_gather(batch: Batch, scores: Tensor | None = None) -> Tensor:
+    return _take(batch.tokens, _visible(batch))
+
+
+def _plain_masking(batch: Batch, scores: Tensor | None = None) -> tuple:
+    scores = _plain_scores(batch)
+    selection = _plain_select(batch, scores)
+    return selection, scores, (_take(batch.tokens, selection[1]),)
+
+
+def _take(tokens: Tensor, ids: Tensor) -> Tensor:
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+_PLAIN = {
+    "attention_scores": _plain_scores,
+    "select_tokens": _plain_select,
+    "gather_tokens": _plain_gather,
+    "self_guided_masking": _plain_masking,
+}
+
+
+# Checks and clocks.
+
+
+def _check(op: str, device: str, backend: str, got, expected: dict, batch: Batch) -> None:
+    def require(agrees: bool, what: str) -> None:
+        if not agrees:
+            raise BackendMismatch(
+                f"{op} on {device}: {backend} disagrees with the oracle: {what}. "
+                "Its results are wrong: please report this with the output of `sma-fast info`"
+            )
+
+    scores = expected["attention_scores"]
+    if op == "attention_scores":
+        require(_close(got, scores), _distance("scores", got, scores))
+    elif op == "select_tokens":
+        if backend == PLAIN:  # topk leaves open which of equal scores it takes
+            require(_same_outside_ties(got[0], expected[op].mask, scores), "masks")
+            return
+        for name, x, y in zip(expected[op]._fields, got, expected[op], strict=True):
+            require(torch.equal(x, y), f"{name}, for the same scores")
+    elif op == "gather_tokens":
+        require(torch.equal(got, expected[op]), "gathered tokens")
+    else:
+        selection, own, (visible,) = got[:3]
+        require(_close(own, scores), _distance("scores", own, scores))
+        require(
+            _same_outside_ties(selection[0], expected[op].selection.mask, scores),
+            "masks, outside near ties",
+        )
+        require(torch.equal(visible, _take(batch.tokens, selection[1])), "visible tokens")
+        if backend != PLAIN:
+            with sma_fast.use_backend("reference"):
+                same = sma_fast.select_tokens(own, mask_ratio=batch.mask_ratio)
+            for name, x, y in zip(same._fields, selection, same, strict=True):
+                require(torch.equal(x, y), f"{name}, for its own scores")
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    return got.dtype == expected.dtype and torch.allclose(got, expected, rtol=RTOL, atol=ATOL)
+
+
+def _distance(name: str, got: Tensor, expected: Tensor) -> str:
+    return f"{name}, by up to {(got.float() - expected).abs().max().item():.2g}"
+
+
+def _same_outside_ties(mask: Tensor, expected: Tensor, scores: Tensor) -> bool:
+    """Whether two masks differ only where a score lies within tolerance of the last one masked."""
+    last = scores.masked_fill(~expected, float("inf")).amin(dim=1, keepdim=True)  # (B, 1)
+    near = (scores - last).abs() <= 2 * (ATOL + RTOL * last.abs())
+    same_number = torch.equal(mask.sum(dim=1), expected.sum(dim=1))
+    return same_number and bool(((mask == expected) | near).all())
+
+
+def _time(variants: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
+    """Returns seconds of a call in the best of ROUNDS rounds, in which the variants take turns."""
+
+    def clock(run: Callable[[], object], calls: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    for run in variants.values():  # warm up: first calls load, compile and allocate
+        run()
+    best = {name: clock(run, 1) for name, run in variants.items()}
+    calls = {name: max(1, int(SECONDS / seconds)) for name, seconds in best.items()}
+    quick = {name: run for name, run in variants.items() if best[name] < SLOW}
+    for _ in range(ROUNDS):
+        for name, run in quick.items():
+            best[name] = min(best[name], clock(run, calls[name]))
+    return best

@@ -1,0 +1,226 @@
+"""Fixtures: every implementation this machine has, and memory that shows what was not written.
+
+SMA_FAST_REQUIRE="cpu,triton" makes a backend that is missing an error instead of a skip.
+"""
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# before torch starts its threads: spinning ones take the cores from each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import hypothesis
+import pytest
+import torch
+
+import sma_fast
+from sma_fast import _dispatch, _native
+from sma_fast._schema import SCHEMAS
+from sma_fast.testing import NATIVE_DTYPES, OPS, assert_same, call, guarded, to_device
+
+hypothesis.settings.register_profile(
+    "sma_fast",
+    max_examples=60,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("sma_fast")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run the ops: a backend on a device, on the CPU with one instruction set."""
+
+    backend: str
+    device: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.isa and f"{self.backend}-{self.isa}" or self.backend
+
+
+def why_missing(backend: str, op: str) -> str | None:
+    """Returns why `backend` cannot run `op` on this machine, or None where it can."""
+    try:
+        _dispatch.implementation(backend, op, device_of(backend))
+    except _dispatch.Unavailable as reason:
+        return str(reason)
+    if device_of(backend) == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device that torch can use"
+    return None
+
+
+def device_of(backend: str) -> str:
+    if backend == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def implementations(op: str) -> list[Implementation]:
+    """Returns every implementation of `op` that this machine can run."""
+    found = []
+    for backend in _dispatch.BACKENDS:
+        if why_missing(backend, op) is None:
+            sets = _native.cpu_instruction_sets() if backend == "cpu" else (None,)
+            found += [Implementation(backend, device_of(backend), isa) for isa in sets]
+    return found
+
+
+def missing_backends() -> dict[str, str]:
+    """Returns the backends that run none of the ops here (the native ones: not all), and why."""
+    missing = {}
+    for backend in _dispatch.BACKENDS:
+        reasons = [why_missing(backend, op) for op in SCHEMAS]
+        lacks = any if backend == "cpu" else all  # kernels for the GPU come one by one
+        if lacks(reasons):
+            missing[backend] = next(filter(None, reasons))
+    return missing
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*ops): run on what implements these ops too")
+    config.addinivalue_line("markers", "one_instruction_set: run the CPU's best one only")
+    # it visits all of torch's loggers for each test, and prints every step of torch.compile
+    config.pluginmanager.set_blocked("logging-plugin")
+    required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
+    if required - set(_dispatch.BACKENDS):
+        raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(_dispatch.BACKENDS)}")
+    for backend, reason in missing_backends().items():
+        if backend in required:
+            raise pytest.UsageError(f"SMA_FAST_REQUIRE: {backend} is missing: {reason}")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"backend {name} is not tested: {why}" for name, why in missing_backends().items()]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that takes `backend` once per implementation of the op its file is named after.
+
+    In a file of another name: once per implementation that has all ops.
+    """
+    if "backend" not in metafunc.fixturenames:
+        return
+    op = Path(metafunc.module.__file__).stem.removeprefix("test_")
+    ops = [op] if op in OPS else list(SCHEMAS)
+    for marker in metafunc.definition.iter_markers("needs"):
+        ops += marker.args
+    every = [implementations(op) for op in ops]
+    found = [x for x in every[0] if all(x in others for others in every)]
+    if metafunc.definition.get_closest_marker("one_instruction_set"):
+        found = list({x.backend: x for x in found}.values())  # the last, which is the best
+    metafunc.parametrize("backend", found, indirect=True, ids=str)
+
+
+class Forced:
+    """The implementation that is forced while a test runs, and what it was called with."""
+
+    def __init__(self, implementation: Implementation):
+        self.backend, self.device = implementation.backend, implementation.device
+        self.ran: Counter[str] = Counter()
+        self.arguments: dict[str, tuple] = {}  # of the last call of each registered op
+        self.refused = False
+
+    def inputs(self, inputs: dict) -> dict:
+        return to_device(inputs, self.device)
+
+    def refuses(self, op: str, inputs: dict) -> bool:
+        """Returns whether `op` does not take the dtype here, having seen the call raise.
+
+        Every implementation takes float32, bfloat16 and float16.
+        """
+        first = next((x for x in inputs.values() if isinstance(x, torch.Tensor)), None)
+        dtype = torch.float32 if op == "draw_queries" or first is None else first.dtype
+        function = _dispatch.implementation(self.backend, op, self.device)
+        if function.dtypes is None or dtype in function.dtypes:
+            return False
+        assert dtype not in NATIVE_DTYPES, f"{self.backend} {op} does not take {dtype}"
+        with pytest.raises(RuntimeError, match=f"{op} does not take {dtype}"):
+            call(op, inputs)
+        self.refused = True
+        return True
+
+    def assert_same_as_oracle(self, op: str, inputs: dict, layout: str = "packed") -> None:
+        """Asserts the oracle's bits for `inputs` in `layout`, and nothing else touched."""
+        inputs, assert_unchanged = guarded(self.inputs(inputs), layout)
+        if self.refuses(op, inputs):
+            return
+        assert_same(call(op, inputs), self.expected(op, inputs))
+        assert_unchanged()
+
+    def expected(self, op: str, inputs: dict) -> Any:
+        """Returns what the oracle gives for the same inputs, on the same device."""
+        with sma_fast.use_backend("reference"):
+            return call(op, inputs)
+
+
+@pytest.fixture
+def backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> Iterator[Forced]:
+    """Forces one implementation, and fails unless it ran."""
+    chosen: Implementation = request.param
+    forced = Forced(chosen)
+    find = _dispatch.implementation
+
+    def find_and_count(backend: str, op: str, device_type: str):
+        function = find(backend, op, device_type)
+        if backend != chosen.backend:
+            return function
+
+        @functools.wraps(function)
+        def counted(*arguments):
+            forced.ran[op] += 1
+            forced.arguments[op] = arguments
+            return function(*arguments)
+
+        counted.dtypes = getattr(function, "dtypes", None)
+        return counted
+
+    monkeypatch.setattr(_dispatch, "implementation", find_and_count)
+    _dispatch._choose.cache_clear()
+    before = _native.set_cpu_isa(chosen.isa) if chosen.isa else None
+    native_calls = _native.calls.copy()
+    try:
+        with sma_fast.use_backend(chosen.backend):
+            yield forced
+        assert forced.ran or forced.refused, f"no op ran on {chosen}"
+        if chosen.backend in ("cpu", "cuda"):
+            native = _native.calls - native_calls
+            assert all(native[chosen.backend, op] >= n for op, n in forced.ran.items())
+        if chosen.isa:
+            assert _native.set_cpu_isa(chosen.isa) == chosen.isa
+    finally:
+        if chosen.isa:
+            _native.set_cpu_isa(before)
+        _dispatch._choose.cache_clear()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fills what torch.empty returns with NaN or the largest integer: unwritten elements show."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every op fail the test: wrong arguments must be refused before one starts."""
+
+    def refuse(op: str, *_: Any):
+        raise AssertionError(f"{op} ran")
+
+    monkeypatch.setattr(_dispatch, "_choose", refuse)

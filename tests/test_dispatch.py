@@ -1,0 +1,241 @@
+"""Which implementation answers: use_backend, SMA_FAST_BACKEND, backends(), show_config()."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import missing_backends
+
+import sma_fast
+from sma_fast import _dispatch, _native, reference
+from sma_fast._schema import SCHEMAS
+from sma_fast.testing import CASES, OPS, call, gather_inputs, select_inputs
+
+INPUTS = gather_inputs()
+
+
+@pytest.fixture(autouse=True)
+def choose_afresh():
+    """Forgets what was chosen, before a test and after it."""
+    _dispatch._choose.cache_clear()
+    yield
+    _dispatch._choose.cache_clear()
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """Returns the list of (backend, op) that answer while the test runs."""
+    answered = []
+    find = _dispatch.implementation
+
+    def implementation(backend, op, device_type):
+        function = find(backend, op, device_type)
+
+        def call(*arguments):
+            answered.append((backend, op))
+            return function(*arguments)
+
+        call.dtypes = getattr(function, "dtypes", None)
+        return call
+
+    monkeypatch.setattr(_dispatch, "implementation", implementation)
+    return answered
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SMA_FAST")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("name", _dispatch.BACKENDS)
+def test_this_machine_has(name):
+    # the skips of a run, one per backend; SMA_FAST_REQUIRE makes them errors (conftest.py)
+    missing = missing_backends()
+    if name in missing:
+        pytest.skip(f"{name}: {missing[name]}")
+    with sma_fast.use_backend(name):
+        states = sma_fast.backends()
+    assert "answers" in {table[name] for op in states for table in states[op].values()}
+
+
+def test_poisoned_memory_shows(poisoned_memory):
+    assert bool(torch.empty(5).isnan().all())
+    assert bool((torch.empty(5, dtype=torch.int64) == torch.iinfo(torch.int64).max).all())
+
+
+def test_ops_and_schemas_agree():
+    assert set(OPS) | {"gather_tokens_backward", "restore_tokens_backward"} == set(SCHEMAS)
+    for op in SCHEMAS:
+        assert callable(getattr(reference, op))
+        assert hasattr(torch.ops.sma_fast, op)
+
+
+def test_backends_lists_every_op_device_and_backend():
+    table = sma_fast.backends()
+    assert list(table) == list(SCHEMAS)
+    for devices in table.values():
+        assert list(devices) == ["cpu", "cuda"]
+        for states in devices.values():
+            assert set(states) == set(_dispatch.BACKENDS)
+            assert list(states.values()).count("answers") <= 1
+        assert "answers" in devices["cpu"].values()
+        assert devices["cpu"]["cuda"] == "backend 'cuda' does not run on device 'cpu'"
+
+
+def test_backends_says_who_answers(record):
+    call("gather_tokens", INPUTS)
+    states = sma_fast.backends()["gather_tokens"]["cpu"]
+    assert record == [(b, "gather_tokens") for b in states if states[b] == "answers"]
+
+
+def test_use_backend_forces(record):
+    with sma_fast.use_backend("reference"):
+        call("gather_tokens", INPUTS)
+        states = sma_fast.backends()["gather_tokens"]["cpu"]
+    assert record == [("reference", "gather_tokens")]
+    assert [b for b in states if states[b] == "answers"] == ["reference"]
+
+
+def test_use_backend_nests_and_ends():
+    assert _dispatch._forced is None
+    with sma_fast.use_backend("reference"):
+        with sma_fast.use_backend("cuda"):
+            assert _dispatch._forced == "cuda"
+        assert _dispatch._forced == "reference"
+        with pytest.raises(ZeroDivisionError), sma_fast.use_backend("triton"):
+            raise ZeroDivisionError
+        assert _dispatch._forced == "reference"
+    assert _dispatch._forced is None
+
+
+@pytest.mark.parametrize("name", ("gpu", "", "CPU", None))
+def test_unknown_backend(name):
+    with pytest.raises(ValueError, match=f"^name: unknown backend {name!r}, allowed are reference"):
+        with sma_fast.use_backend(name):
+            pass
+    assert _dispatch._forced is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forced_backend_without_an_implementation_raises(op):
+    # no tensor here is on a GPU, so the cuda backend has nothing to answer
+    inputs = CASES[op][0].build()
+    with sma_fast.use_backend("cuda"):
+        first = "draw_queries" if op == "self_guided_masking" and "num_queries" in inputs else op
+        with pytest.raises(RuntimeError) as raised:
+            call(op, inputs)
+        assert "answers" not in sma_fast.backends()[op]["cpu"].values()
+    message = str(raised.value)
+    assert message.startswith(f"sma_fast.{first} has no implementation for cpu torch.float32 here")
+    assert "cuda: backend 'cuda' does not run on device 'cpu'" in message
+    assert "sma_fast.backends()" in message
+
+
+def test_triton_without_a_kernel_says_so():
+    with sma_fast.use_backend("triton"), pytest.raises(RuntimeError, match="triton: "):
+        call("select_tokens", select_inputs(mask_ratio=0.5))
+    reason = sma_fast.backends()["select_tokens"]["cpu"]["triton"]
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        assert reason == "no Triton kernel for select_tokens yet"
+    else:
+        assert "TRITON_INTERPRET=1" in reason or "pip install triton" in reason
+
+
+def test_float64_goes_to_the_reference(record):
+    call("select_tokens", select_inputs(torch.float64, mask_ratio=0.5))
+    assert record == [("reference", "select_tokens")]
+
+
+def test_native_module_not_built(monkeypatch, record):
+    def not_built():
+        raise _dispatch.Unavailable("native module not built: no compiler")
+
+    monkeypatch.setattr(_native, "_module", not_built)
+    call("gather_tokens", INPUTS)
+    assert record == [("reference", "gather_tokens")]
+    assert sma_fast.backends()["gather_tokens"]["cpu"]["cpu"] == (
+        "native module not built: no compiler"
+    )
+    assert "no compiler" in sma_fast.show_config()
+    with sma_fast.use_backend("cpu"), pytest.raises(RuntimeError, match="not built: no compiler"):
+        call("gather_tokens", INPUTS)
+
+
+def test_native_module_that_fails_to_load_is_not_passed_over(monkeypatch, record):
+    def broken():
+        raise RuntimeError("failed to load: undefined symbol")
+
+    monkeypatch.setattr(_native, "_module", broken)
+    with pytest.raises(RuntimeError, match="undefined symbol"):
+        call("gather_tokens", INPUTS)
+    assert record == []
+    assert "undefined symbol" in sma_fast.backends()["gather_tokens"]["cpu"]["cpu"]
+    assert "undefined symbol" in sma_fast.show_config()
+    with sma_fast.use_backend("reference"):
+        call("gather_tokens", INPUTS)
+
+
+def test_show_config():
+    lines = dict(line.split(": ", 1) for line in sma_fast.show_config().splitlines())
+    assert lines["sma_fast"] == sma_fast.__version__
+    assert lines["torch"] == torch.__version__
+    assert lines["threads"] == str(torch.get_num_threads())
+    assert lines["forced backend"] == "none"
+    assert lines["CUDA device"] == "none" or torch.cuda.is_available()
+    if _native.cpu_instruction_sets():
+        assert lines["CPU instruction set"] in _native.cpu_instruction_sets()
+        assert lines["CPU instruction sets here"] == ", ".join(_native.cpu_instruction_sets())
+        assert "CUDA architectures built" in lines
+    with sma_fast.use_backend("reference"):
+        assert "forced backend: reference" in sma_fast.show_config()
+
+
+CALL = """
+import torch, sma_fast
+print(sma_fast.show_config())
+print(sma_fast.gather_tokens(torch.ones(1, 3), torch.tensor([[2]])).tolist())
+"""
+
+
+def test_variable_forces():
+    result = python(CALL, SMA_FAST_BACKEND="reference")
+    assert result.returncode == 0, result.stderr
+    assert "forced backend: reference" in result.stdout
+    assert result.stdout.endswith("[[1.0]]\n")
+
+
+def test_variable_forces_what_is_not_there():
+    result = python(CALL, SMA_FAST_BACKEND="cuda")
+    assert result.returncode == 1
+    assert "forced backend: cuda" in result.stdout
+    assert "RuntimeError: sma_fast.gather_tokens has no implementation for cpu" in result.stderr
+
+
+def test_variable_names_an_unknown_backend():
+    result = python("import sma_fast", SMA_FAST_BACKEND="gpu")
+    assert result.returncode == 1
+    assert "ValueError: SMA_FAST_BACKEND: unknown backend 'gpu', allowed are" in result.stderr
+
+
+@pytest.mark.parametrize("isa", _native.cpu_instruction_sets()[:1])
+def test_variable_forces_an_instruction_set(isa):
+    result = python(CALL, SMA_FAST_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    assert f"CPU instruction set: {isa}\n" in result.stdout
+
+
+@pytest.mark.parametrize("isa", _native.cpu_instruction_sets()[:1])
+def test_unknown_instruction_set(isa):
+    before = _native.set_cpu_isa(isa)
+    with pytest.raises(ValueError, match="sse9.*allowed"):
+        _native.set_cpu_isa("sse9")
+    assert _native.set_cpu_isa(before) == isa

@@ -1,0 +1,213 @@
+"""gather_tokens: rows by id, -1 gives zeros."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sma_fast
+from sma_fast.testing import (
+    CASES,
+    DTYPES,
+    LAYOUTS,
+    NATIVE_DTYPES,
+    assert_compiles_once,
+    assert_gradients,
+    assert_reproducible,
+    assert_same,
+    call,
+    gather_inputs,
+)
+
+OP = "gather_tokens"
+OTHER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64)
+
+LITERALS = {  # tokens, ids, answer
+    "rows of a matrix": (
+        [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]],
+        [[2, 0]],
+        [[[5.0, 6.0], [1.0, 2.0]]],
+    ),
+    "-1 gives zeros": ([[[1.0], [3.0]]], [[-1, 1, -1]], [[[0.0], [3.0], [0.0]]]),
+    "-1 beside inf gives zeros": ([[[math.inf], [3.0]]], [[-1, 1]], [[[0.0], [3.0]]]),
+    "each row by its own ids": ([[1.0, 2.0], [3.0, 4.0]], [[1], [0]], [[2.0], [3.0]]),
+    "one id many times": ([[7.0, 8.0]], [[1, 1, 1]], [[8.0, 8.0, 8.0]]),
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_literal(backend, name):
+    tokens, ids, answer = (torch.tensor(x, device=backend.device) for x in LITERALS[name])
+    assert_same(sma_fast.gather_tokens(tokens, ids), answer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[OP], ids=str)
+def test_cases(backend, case, dtype):
+    backend.assert_same_as_oracle(OP, case.build(dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+def test_other_dtypes(backend, dtype, layout):
+    backend.assert_same_as_oracle(OP, gather_inputs(dtype, trailing=(3, 2)), layout)
+
+
+@given(
+    batch=st.integers(0, 4),
+    tokens=st.sampled_from((0, 1, 2, 7, 33, 65)),
+    visible=st.integers(0, 20),
+    trailing=st.lists(st.integers(0, 9), max_size=3),
+    ids=st.sampled_from(("any", "ascending", "nothing")),
+    values=st.sampled_from(("normal", "special", "denormals")),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_any_input(backend, layout, dtype, **options):
+    backend.assert_same_as_oracle(OP, gather_inputs(dtype, **options), layout)
+
+
+@pytest.mark.needs("gather_tokens_backward")
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES[OP] if "values" not in c.options], ids=str)
+def test_gradients(backend, case, dtype):
+    inputs = backend.inputs(case.build(dtype))
+    assert_gradients(lambda x: [sma_fast.gather_tokens(x, inputs["ids"])], [inputs["tokens"]])
+    assert backend.ran["gather_tokens_backward"] > 0
+
+
+@pytest.mark.needs("gather_tokens_backward")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_gradients_of_any_layout(backend, dtype, layout):
+    inputs = backend.inputs(gather_inputs(dtype, visible=40, trailing=(3, 2)))
+    function, tokens = sma_fast.gather_tokens, inputs["tokens"]
+    assert_gradients(lambda x: [function(x, inputs["ids"])], [tokens], layout)
+
+
+@pytest.mark.parametrize("trailing", ((), (2,), (2, 3)), ids=str)
+def test_gradcheck(trailing):
+    inputs = gather_inputs(torch.float64, batch=2, tokens=4, visible=5, trailing=trailing)
+    tokens = inputs["tokens"].requires_grad_()
+    arguments = (sma_fast.gather_tokens, (tokens, inputs["ids"]))
+    assert torch.autograd.gradcheck(*arguments)
+    assert torch.autograd.gradgradcheck(*arguments)
+
+
+@pytest.mark.parametrize("batch, tokens", ((5, 700), (1, 20_001)))
+def test_reproducible(backend, batch, tokens):
+    inputs = backend.inputs(gather_inputs(batch=batch, tokens=tokens, visible=tokens // 2))
+    assert_reproducible(sma_fast.gather_tokens, inputs["tokens"], inputs["ids"])
+
+
+def test_large_outputs_are_not_used_again_while_alive(backend):
+    # freed outputs of 1 MiB and more may be handed out again, but not in deterministic mode
+    torch.use_deterministic_algorithms(False)
+    inputs = backend.inputs(gather_inputs(tokens=1500, visible=1500, trailing=(64,)))
+    other = inputs | {"tokens": inputs["tokens"] + 1}
+    expected = backend.expected(OP, inputs), backend.expected(OP, other)
+    first = call(OP, inputs)
+    for _ in range(3):
+        assert_same(call(OP, other), expected[1])  # freed at once
+    assert_same(first, expected[0])
+    row = first[1]  # a view keeps it alive
+    del first
+    assert_same(call(OP, other), expected[1])
+    assert_same(row, expected[0][1])
+
+
+@pytest.mark.needs("gather_tokens_backward")
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_backward_reproducible(backend, dtype):
+    inputs = backend.inputs(gather_inputs(dtype, batch=5, tokens=90, visible=700))  # repeated ids
+    ids, grad = inputs["ids"], inputs["tokens"].repeat(1, 8, 1)[:, :700]
+    assert_reproducible(lambda g, i: torch.ops.sma_fast.gather_tokens_backward(g, i, 90), grad, ids)
+
+
+@pytest.mark.one_instruction_set
+@pytest.mark.needs("gather_tokens_backward")
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("trailing", ((), (5,), (2, 3)), ids=str)
+def test_opcheck(backend, trailing, transposed):
+    inputs = backend.inputs(gather_inputs(trailing=trailing))
+    tokens = inputs["tokens"]
+    if transposed:
+        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.library.opcheck(
+        torch.ops.sma_fast.gather_tokens.default, (tokens.requires_grad_(), inputs["ids"])
+    )
+
+
+@pytest.mark.one_instruction_set
+@pytest.mark.needs("gather_tokens_backward")
+@pytest.mark.parametrize("trailing", ((), (5,), (2, 3)), ids=str)
+def test_opcheck_backward(backend, trailing):
+    inputs = backend.inputs(gather_inputs(trailing=trailing, tokens=7, visible=7))
+    torch.library.opcheck(
+        torch.ops.sma_fast.gather_tokens_backward.default,
+        (inputs["tokens"].requires_grad_(), inputs["ids"], 9),
+    )
+
+
+@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+def test_compile(compiler):
+    sizes = ((12, 7), (33, 9), (64, 20))
+    inputs = [gather_inputs(tokens=n, visible=v) for n, v in sizes]
+    assert_compiles_once(
+        sma_fast.gather_tokens,
+        [(x["tokens"].requires_grad_(), x["ids"]) for x in inputs],
+        compiler,
+    )
+
+
+def test_autocast_keeps_the_dtype():
+    inputs = gather_inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = call(OP, inputs)
+    assert_same(inside, call(OP, inputs))
+
+
+def arguments(**changed):
+    return {"tokens": torch.zeros(2, 5, 3), "ids": torch.zeros(2, 4, dtype=torch.int64)} | changed
+
+
+BAD = {
+    "tokens, not a tensor": ("tokens", TypeError, {"tokens": [[1.0]]}),
+    "tokens, rank": ("tokens", ValueError, {"tokens": torch.zeros(5)}),
+    "ids, not a tensor": ("ids", TypeError, {"ids": [[0]]}),
+    "ids, None": ("ids", TypeError, {"ids": None}),
+    "ids, rank 1": ("ids", ValueError, {"ids": torch.zeros(2, dtype=torch.int64)}),
+    "ids, rank 3": ("ids", ValueError, {"ids": torch.zeros(2, 4, 1, dtype=torch.int64)}),
+    "ids, floats": ("ids", TypeError, {"ids": torch.zeros(2, 4)}),
+    "ids, int32": ("ids", TypeError, {"ids": torch.zeros(2, 4, dtype=torch.int32)}),
+    "ids, bool": ("ids", TypeError, {"ids": torch.zeros(2, 4, dtype=torch.bool)}),
+    "ids, batch": ("ids", ValueError, {"ids": torch.zeros(3, 4, dtype=torch.int64)}),
+    "ids, batch 1": ("ids", ValueError, {"ids": torch.zeros(1, 4, dtype=torch.int64)}),
+    "ids, device": ("ids", ValueError, {"ids": arguments()["ids"].to("meta")}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(nothing_runs, name):
+    argument, error, changed = BAD[name]
+    with pytest.raises(error, match=rf"^{argument}: .*allowed is"):
+        sma_fast.gather_tokens(**arguments(**changed))
+
+
+@pytest.mark.parametrize("tokens, bad", ((5, 5), (5, -2), (5, 2**40), (0, 0)))
+def test_id_out_of_range(backend, tokens, bad):
+    inputs = gather_inputs(tokens=tokens)
+    inputs["ids"][1, 2] = bad
+    with pytest.raises(ValueError, match=rf"^ids: holds {bad}, allowed is -1"):
+        call(OP, backend.inputs(inputs))
+
+
+@pytest.mark.needs("gather_tokens_backward")
+@pytest.mark.parametrize("bad", (7, -2, 2**40))
+def test_id_out_of_range_backward(backend, bad):
+    grad, ids = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    ids[1, 2] = bad
+    with pytest.raises(ValueError, match=rf"^ids: holds {bad}, allowed is -1 to 6"):
+        torch.ops.sma_fast.gather_tokens_backward(grad, ids, 7)

@@ -1,0 +1,505 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sma_fast
+from sma_fast.masking.sma import SMAMasking, given_selection
+from sma_fast.models import SMAConfig, SMAForPretraining, load_published
+from sma_fast.models.published import _our_name
+
+GOLDEN = Path(__file__).parents[1] / "../shared/golden"
+CROSS_ATTENTION = ("image_cross", "image_cross_noise", "language_cross", "protein_cross_wide")
+KINDS = ("discrete", "continuous")
+
+
+def config(kind: str = "discrete", **changes) -> SMAConfig:
+    sizes = {
+        "input_type": kind,
+        "num_discrete_tokens": 20,
+        "input_channels": 3,
+        "max_position_embeddings": 32,
+        "embedded_channels": 12,
+        "num_latents": 6,
+        "latent_channels": 16,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 2,
+        "qk_channels": 8,
+        "decoder_heads": 3,
+        "initializer_range": 0.3,
+        "pe_initializer_range": 0.3,
+        "masking": SMAMasking(mask_ratio=0.4, num_queries=2),
+    }
+    return SMAConfig(**(sizes | changes))
+
+
+def build(kind: str = "discrete", **changes) -> SMAForPretraining:
+    torch.manual_seed(0)
+    return SMAForPretraining(config(kind, **changes))
+
+
+def sample(kind: str, batch: int = 4, tokens: int = 20) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(1)
+    if kind == "discrete":
+        return torch.randint(20, (batch, tokens), generator=rng)
+    return torch.randn(batch, tokens, 3, generator=rng)
+
+
+def lengths(*valid: int, tokens: int = 20) -> torch.Tensor:
+    return (torch.arange(tokens) < torch.tensor(valid)[:, None]).long()
+
+
+def random_mask(batch: int = 4, tokens: int = 20) -> torch.Tensor:
+    return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(2)) < 0.4
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, scale: float | None = None) -> None:
+    """1e-5 of the largest element expected."""
+    scale = expected.abs().max().item() if scale is None else scale
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(scale, 1e-30))
+
+
+# Published behaviour
+
+
+def golden(name: str) -> dict:
+    path = GOLDEN / f"{name}.npz"
+    if not path.exists():
+        pytest.skip(f"no golden files: {path} is not there")
+    with np.load(path) as file:
+        return {key: file[key] for key in file.files}
+
+
+def published(data: dict) -> tuple[dict, dict]:
+    meta = json.loads(str(data["meta"]))
+    json_config = meta["config"] | {
+        "teacher_args": {"reconstruction_decoder_args": meta["decoder"]},
+        "cross_train_noising_args": [["masking", meta["masking"]]],
+    }
+    weights = {
+        key.removeprefix("weight/"): torch.from_numpy(value)
+        for key, value in data.items()
+        if key.startswith("weight/")
+    }
+    return json_config, weights
+
+
+@pytest.mark.parametrize("name", CROSS_ATTENTION)
+def test_golden_loss_hidden_state_and_gradients(name: str) -> None:
+    data = golden(name)
+    model = load_published(*published(data))
+    mask = torch.from_numpy(data["loss_mask"]).bool()
+    out = model(
+        torch.from_numpy(data["inputs"]), torch.from_numpy(data["attention_mask"]), mask=mask
+    )
+    assert torch.equal(out.mask, mask)
+    assert out.loss.item() == pytest.approx(float(data["loss"]), rel=1e-5)
+    assert_close(out.last_hidden_state, torch.from_numpy(data["last_hidden_state"]))
+
+    out.loss.backward()
+    parameters = dict(model.named_parameters())
+    recorded = {k.removeprefix("grad/"): v for k, v in data.items() if k.startswith("grad/")}
+    assert {_our_name(key) for key in recorded} == parameters.keys()
+    for key, value in recorded.items():
+        # a key's bias shifts all logits of a query alike: its gradient is rounding around 0
+        scale = 1e-2 if _our_name(key).endswith("key.bias") else None
+        assert_close(parameters[_our_name(key)].grad, torch.from_numpy(value), scale)
+
+
+@pytest.mark.parametrize("name", ["image_cross", "language_cross", "protein_cross_wide"])
+def test_golden_mask_from_recorded_queries(name: str) -> None:
+    data = golden(name)
+    model = load_published(*published(data))
+    encoder, masking = model.encoder, model.config.masking
+    inputs = torch.from_numpy(data["inputs"])
+    with torch.no_grad():
+        query = encoder.first.split(encoder.latent_queries())
+        key = encoder.first.split(encoder.first.key(encoder.embedding(inputs)))
+    count = masking.count_queries(key.shape[2], query.shape[2])
+    drawn = [torch.from_numpy(data[f"randperm/{i}"])[:count] for i in range(len(inputs))]
+    result = sma_fast.self_guided_masking(
+        query,
+        key,
+        mask_ratio=masking.mask_ratio,
+        query_index=torch.stack(drawn),
+        key_padding_mask=torch.from_numpy(data["attention_mask"]) == 0,
+    )
+    assert torch.equal(result.selection.mask, torch.from_numpy(data["loss_mask"]).bool())
+
+
+def test_load_published_reads_the_masker() -> None:
+    masking = load_published(*published(golden("protein_cross_wide"))).config.masking
+    assert masking == SMAMasking(mask_ratio=0.15, num_per_query=1, head_reduce="mean")
+
+
+def test_load_published_without_duplicates_and_from_duplicates_only() -> None:
+    json_config, weights = published(golden("language_cross"))
+    expected = load_published(json_config, weights).state_dict()
+    aside = ("teacher.student_model.", "teacher.encoder_input_preprocesor.")
+    once = {k: v for k, v in weights.items() if not k.startswith(aside)}
+    copies = {k: v for k, v in weights.items() if not k.startswith("perceiver.")}
+    for fewer in (once, copies):
+        assert len(fewer) < len(weights)
+        loaded = load_published(json_config, fewer).state_dict()
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("perceiver.encoding_latents.latents"), "missing: encoder.latents"),
+        (lambda w: w.update({"perceiver.foreign": torch.ones(1)}), "unknown: perceiver.foreign"),
+        (
+            lambda w: w.update(
+                {"teacher.reconstruction_decoder.pre_layernorm.bias": torch.ones(3)}
+            ),
+            "of another shape: decoder.context_norm.bias",
+        ),
+        (
+            lambda w: w.update({"teacher.encoder_input_preprocesor.layernorm.bias": torch.ones(3)}),
+            "differing duplicates: teacher.encoder_input_preprocesor.layernorm.bias",
+        ),
+    ],
+)
+def test_load_published_refuses_foreign_checkpoints(change, message: str) -> None:
+    json_config, weights = published(golden("image_cross"))
+    weights = {k: v for k, v in weights.items() if not k.startswith("teacher.student_model.")}
+    change(weights)
+    with pytest.raises(ValueError, match=message):
+        load_published(json_config, weights)
+
+
+def test_load_published_refuses_settings_it_does_not_have() -> None:
+    json_config, weights = published(golden("image_cross"))
+    with pytest.raises(ValueError, match="hidden_act: got 'relu'"):
+        load_published(json_config | {"hidden_act": "relu"}, weights)
+
+
+# The cheap way gives what the plain formula gives
+
+
+def plain_forward(
+    model: SMAForPretraining, inputs: torch.Tensor, valid: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and hidden state the expensive way: all keys with a bias, all positions decoded."""
+
+    def attend(layer, x, normed, keys_values, bias=0.0):
+        query, key, value = (
+            layer.split(y)
+            for y in (layer.query(normed), layer.key(keys_values), layer.value(keys_values))
+        )
+        logits = query @ key.transpose(2, 3) / math.sqrt(query.shape[3]) + bias
+        context = (logits.softmax(dim=3) @ value).transpose(1, 2).flatten(2)
+        x = x + layer.output(context)
+        return x + layer.mlp(layer.mlp_norm(x))
+
+    encoder, decoder = model.encoder, model.decoder
+    embeddings = encoder.embedding(inputs)
+    hidden = torch.zeros(mask.shape).masked_fill(mask | (valid == 0), float("-inf"))
+    x = encoder.latents.expand(len(inputs), -1, -1)
+    x = attend(encoder.first, x, encoder.first.query_norm(x), embeddings, hidden[:, None, None, :])
+    for _ in range(model.config.num_blocks):
+        for layer in encoder.layers:
+            normed = layer.query_norm(x)
+            x = attend(layer, x, normed, normed)
+    queries = decoder.queries.weight[: inputs.shape[1]].expand(len(inputs), -1, -1)
+    layer = decoder.layer
+    logits = attend(layer, queries, layer.query_norm(queries), decoder.context_norm(x))
+    logits = decoder.output(decoder.norm(logits))
+    counted = mask & (valid == 1)
+    if model.config.input_type == "discrete":
+        return F.cross_entropy(logits[counted], inputs[counted]), x
+    return F.mse_loss(logits[counted], inputs[counted]), x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"share_decoder_queries": False, "decoder_channels": 15, "num_blocks": 2},
+        {"share_embedding_weights": False, "dense_use_bias": False, "v_channels": 8},
+    ],
+)
+def test_loss_equals_the_plain_formula(kind: str, changes: dict) -> None:
+    model, inputs = build(kind, **changes).double(), sample(kind)
+    inputs = inputs if kind == "discrete" else inputs.double()
+    valid, mask = lengths(20, 13, 7, 2), random_mask()
+    mask[3] = torch.tensor([True] + [False] * 19)
+    loss, hidden = plain_forward(model, inputs, valid, mask)
+    out = model(inputs, valid, mask=mask)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.last_hidden_state, hidden, rtol=1e-9, atol=1e-9)
+    plain = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    ours = torch.autograd.grad(out.loss, list(model.parameters()), allow_unused=True)
+    for expected, actual in zip(plain, ours, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guided_loss_is_the_loss_of_the_mask_it_returns(kind: str) -> None:
+    model, inputs, valid = build(kind), sample(kind), lengths(20, 13, 7, 2)
+    out = model(inputs, valid, generator=rng())
+    loss, hidden = plain_forward(model, inputs, valid, out.mask)
+    torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=0)
+    assert_close(out.last_hidden_state, hidden.detach())
+
+
+# Shapes, masks and padding
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask", ["guided", "random"])
+def test_shapes(kind: str, mask: str) -> None:
+    model = build(kind, masking=SMAMasking(mask_ratio=0.4, num_queries=2, mask=mask))
+    out = model(sample(kind))
+    assert out.loss.shape == () and out.loss.dtype == torch.float32 and out.loss > 0
+    assert out.last_hidden_state.shape == (4, 6, 16)
+    assert out.mask.shape == (4, 20) and out.mask.dtype == torch.bool
+    assert out.mask.sum(dim=1).tolist() == [8] * 4
+    assert torch.equal(out.ids_masked, out.mask.nonzero()[:, 1].view(4, 8))
+    assert out.logits.shape == (4, 8, 20 if kind == "discrete" else 3)
+    assert (out.scores is None) == (mask == "random")
+    if mask == "guided":  # two queries' attention, averaged over heads
+        torch.testing.assert_close(out.scores.sum(dim=1), torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_values_do_not_reach_the_encoder(kind: str) -> None:
+    model, inputs, mask = build(kind), sample(kind), random_mask()
+    before = model(inputs, mask=mask)
+    assert torch.equal(before.mask, mask)
+    changed = inputs.clone()
+    changed[mask] = (inputs[mask] + 1) % 20 if kind == "discrete" else 5.0
+    after = model(changed, mask=mask)
+    assert torch.equal(after.last_hidden_state, before.last_hidden_state)
+    assert torch.equal(after.logits, before.logits)
+    assert after.loss != before.loss  # the targets did change
+    seen = inputs.clone()
+    seen[~mask] = (inputs[~mask] + 1) % 20 if kind == "discrete" else 5.0
+    assert not torch.allclose(model(seen, mask=mask).last_hidden_state, before.last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind: str) -> None:
+    model, inputs, mask = build(kind), sample(kind), random_mask()
+    short = model(inputs[:, :13], mask=mask[:, :13])
+    padded = inputs.clone()
+    padded[:, 13:] = 7
+    valid = lengths(13, 13, 13, 13)
+    long = model(padded, valid, mask=mask)
+    assert torch.equal(long.mask[:, :13], short.mask) and not long.mask[:, 13:].any()
+    torch.testing.assert_close(long.loss, short.loss)
+    torch.testing.assert_close(long.last_hidden_state, short.last_hidden_state)
+    encoded = model.encoder(padded, valid).last_hidden_state
+    torch.testing.assert_close(encoded, model.encoder(inputs[:, :13]).last_hidden_state)
+
+
+@pytest.mark.parametrize("mask", ["guided", "random"])
+def test_ragged_rows_mask_their_own_share(mask: str) -> None:
+    model = build(masking=SMAMasking(mask_ratio=0.4, num_queries=2, mask=mask))
+    valid = lengths(20, 13, 7, 2)
+    out = model(sample("discrete"), valid)
+    assert out.mask.sum(dim=1).tolist() == [round(0.4 * n) for n in (20, 13, 7, 2)]
+    assert not (out.mask & (valid == 0)).any()
+
+
+def test_rows_without_anything_to_see_or_to_reconstruct() -> None:
+    model, inputs = build(), sample("discrete")
+    torch.nn.init.normal_(model.encoder.first.value.bias)
+    mask = torch.zeros(4, 20, dtype=torch.bool)
+    mask[1], mask[2, 3] = True, True
+    out = model(inputs, lengths(20, 20, 20, 0), mask=mask)
+    encoder = model.encoder
+    blank = torch.zeros(1, 1, 12)  # what a row attends to that sees no token
+    query, key, value = (
+        encoder.latent_queries(),
+        encoder.first.key(blank),
+        encoder.first.value(blank),
+    )
+    expected = encoder.first(encoder.latents[None], query, key, value)
+    for layer in encoder.layers:
+        normed = layer.query_norm(expected)
+        expected = layer(expected, *(f(normed) for f in (layer.query, layer.key, layer.value)))
+    for row in (1, 3):  # everything masked, nothing but padding
+        assert_close(out.last_hidden_state[row], expected[0].detach())
+    assert out.loss.isfinite()
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    nothing = model(inputs, mask=torch.zeros_like(mask))
+    assert nothing.loss == 0
+    assert model(inputs[:0]).loss == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_parameter_learns(kind: str, shared: bool) -> None:
+    model = build(kind, share_decoder_queries=shared)
+    model(sample(kind)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if not name.endswith("key.bias"):  # no effect on a softmax over keys
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_weights_are_tied_where_the_widths_agree() -> None:
+    model = build()
+    assert model.decoder.output.weight is model.encoder.embedding.tokens.weight
+    assert model.decoder.queries.weight is model.encoder.embedding.positions.weight
+    own = build(share_decoder_queries=False, decoder_channels=15)
+    assert own.decoder.output.weight.shape == (20, 15)
+
+
+# Draws
+
+
+@pytest.mark.parametrize("mask", ["guided", "random"])
+@pytest.mark.parametrize("training", [True, False])
+def test_draws_follow_the_seed(mask: str, training: bool) -> None:
+    model = build(masking=SMAMasking(mask_ratio=0.4, num_queries=2, mask=mask)).train(training)
+    inputs = sample("discrete", batch=16)
+    masks = [model(inputs, generator=rng(seed)).mask for seed in (0, 0, 1)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    torch.manual_seed(3)
+    first = model(inputs).mask
+    torch.manual_seed(3)
+    assert torch.equal(first, model(inputs).mask)
+
+
+def test_random_masks_are_uniform() -> None:
+    masking = SMAMasking(mask_ratio=0.25, mask="random")
+    drawn = masking.random(torch.empty(4000, 12), generator=rng()).mask.float()
+    assert drawn.sum(dim=1).unique().tolist() == [3]
+    deviation = math.sqrt(0.25 * 0.75 / 4000)
+    assert (drawn.mean(dim=0) - 0.25).abs().max() < 5 * deviation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens", "queries", "expected"),
+    [
+        ({"mask_ratio": 0.15, "num_per_query": 4}, 1024, 256, 38),
+        ({"mask_ratio": 0.3, "num_per_query": 3}, 512, 512, 51),
+        ({"mask_ratio": 0.15, "num_per_query": 4}, 8, 256, 1),  # rounds to 0
+        ({"mask_ratio": 0.9, "num_per_query": 1}, 100, 12, 12),  # more than there are
+        ({"mask_ratio": 0.15, "num_queries": 5}, 1024, 256, 5),
+    ],
+)
+def test_count_queries(arguments: dict, tokens: int, queries: int, expected: int) -> None:
+    assert SMAMasking(**arguments).count_queries(tokens, queries) == expected
+
+
+def test_given_selection() -> None:
+    mask = torch.tensor([[True, False, True, False], [True, True, False, True]])
+    padding = torch.tensor([[False, False, False, True], [False, True, False, False]])
+    selection = given_selection(mask, padding)
+    assert selection.mask.tolist() == [[True, False, True, False], [True, False, False, True]]
+    assert selection.ids_visible.tolist() == [[1, -1, -1, -1], [2, -1, -1, -1]]
+    assert selection.ids_masked.tolist() == [[0, 2, -1, -1], [0, 3, -1, -1]]
+
+
+# Ways of running
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_graph_breaks(kind: str) -> None:
+    model, inputs, valid = build(kind), sample(kind), lengths(20, 13, 7, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for forward in (model, compiled):
+        torch.manual_seed(5)
+        out = forward(inputs, valid)
+        gradients = torch.autograd.grad(out.loss, list(model.parameters()))
+        results.append((out.mask, out.loss, *gradients))
+    torch._dynamo.reset()
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager)
+
+
+def test_autocast() -> None:
+    model, inputs, mask = build("continuous"), sample("continuous"), random_mask()
+    exact = model(inputs, mask=mask).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(inputs, mask=mask)
+        guided = model(inputs)
+    assert out.logits.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss, exact, rtol=0.05, atol=0)
+    guided.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_dropout_only_in_training() -> None:
+    model = build(attention_dropout_prob=0.3, hidden_dropout_prob=0.3)
+    inputs, mask = sample("discrete"), random_mask()
+    assert model(inputs, mask=mask).loss != model(inputs, mask=mask).loss
+    model.eval()
+    assert model(inputs, mask=mask).loss == model(inputs, mask=mask).loss
+
+
+def test_importing_the_package_leaves_models_and_training_alone() -> None:
+    heavy = "{'sma_fast.models', 'sma_fast.training', 'transformers', 'sklearn', 'matplotlib'}"
+    code = f"import sys, sma_fast, sma_fast.cli; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_type": "pictures"}, "input_type: got 'pictures', allowed is 'discrete'"),
+        ({"encoder_type": "self_attention"}, "encoder_type: got 'self_attention'"),
+        ({"qk_channels": 10}, "qk_channels: got 10, allowed is a multiple of"),
+        ({"decoder_heads": 0}, "decoder_channels: got 12, allowed is a multiple of"),
+        ({"num_latents": 0}, "num_latents: got 0"),
+        ({"decoder_channels": 24}, "decoder_channels: got 24, allowed is embedded_channels"),
+        ({"masking": {"mask_ratio": 1.0}}, r"mask_ratio: got 1.0, allowed is \(0, 1\)"),
+        ({"masking": {"mask_ratio": 0.0}}, "mask_ratio: got 0.0"),
+        ({"masking": {"num_queries": 0}}, "num_queries: got 0"),
+        ({"masking": {"num_per_query": 0}}, "num_per_query: got 0"),
+        ({"masking": {"head_reduce": "max"}}, "head_reduce: got 'max'"),
+        ({"masking": {"mask": "block"}}, "mask: got 'block', allowed is 'guided', 'random'"),
+    ],
+)
+def test_config_refuses(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_config_goes_through_a_dict() -> None:
+    before = config("continuous")
+    assert SMAConfig(**dataclasses.asdict(before)) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "error", "message"),
+    [
+        ("discrete", {"inputs": torch.rand(2, 20)}, ValueError, "inputs: got torch.float32"),
+        ("discrete", {"inputs": torch.ones(2, 33).long()}, ValueError, "at most 32"),
+        ("continuous", {"inputs": torch.rand(2, 20, 4)}, ValueError, r"allowed is \(B, N, 3\)"),
+        (
+            "discrete",
+            {"attention_mask": torch.ones(2, 19)},
+            ValueError,
+            "attention_mask: got shape",
+        ),
+        ("discrete", {"mask": torch.ones(4, 19).bool()}, ValueError, "mask: got shape"),
+        ("discrete", {"mask": torch.ones(4, 20)}, TypeError, "mask: got torch.float32"),
+    ],
+)
+def test_forward_refuses(kind: str, arguments: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        build(kind)(**({"inputs": sample(kind)} | arguments))
