@@ -38,9 +38,13 @@ inline void gather_rows(const GatherTokensArgs& a, int64_t b, Range rows) {
   const char* from = static_cast<const char*>(a.tokens) + b * a.batch_bytes;
   char* to = static_cast<char*>(a.out) + b * a.visible * a.row_bytes;
   const int64_t* ids = a.ids + b * a.visible;
-  for (int64_t v = rows.begin; v < rows.end; ++v)
+  for (int64_t v = rows.begin; v < rows.end; ++v) {
+    if (v + 1 < rows.end && ids[v + 1] >= 0)  // asked of memory while this row is copied
+      for (int64_t i = 0; i < a.row_bytes; i += 64)
+        __builtin_prefetch(from + ids[v + 1] * a.token_bytes + i, 0, 2);
     copy_row(to + v * a.row_bytes, ids[v] < 0 ? nullptr : from + ids[v] * a.token_bytes,
              a.row_bytes, past_caches);
+  }
 }
 
 inline void gather_tokens(const GatherTokensArgs& a) {

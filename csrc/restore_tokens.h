@@ -21,6 +21,20 @@ inline void restore_tokens(const RestoreTokensArgs& a) {
   });
 }
 
+// sum[c] += row[c]; `next` is the row to come, asked of memory while this one is added.
+template <class T>
+void add_row(const T* row, const T* next, int64_t width, float* sum) {
+  int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes) {
+    __builtin_prefetch(next + c);
+    store(sum + c, load<Vf>(sum + c) + load_floats(row + c));
+  }
+  for (; c < width; ++c) sum[c] += to_float(row[c]);
+}
+inline void add_row(const double* row, const double*, int64_t width, double* sum) {
+  for (int64_t c = 0; c < width; ++c) sum[c] += row[c];
+}
+
 template <class T>
 void restore_tokens_backward_of(const RestoreTokensBackwardArgs& a) {
   using Sum = decltype(to_float(T{}));
@@ -51,11 +65,17 @@ void restore_tokens_backward_of(const RestoreTokensBackwardArgs& a) {
   for_row_blocks(a.batch, a.tokens, row_bytes, a.threads, [&](int64_t b, Range rows) {
     Sum* sum = partial.get() + (b * blocks + rows.begin / kRowBlock) * a.width;
     for (int64_t c = 0; c < a.width; ++c) sum[c] = 0;
-    for (int64_t n = rows.begin; n < rows.end; ++n) {
-      const int64_t id = a.ids_restore[b * a.tokens + n];
-      if (id < a.visible_count || id >= a.visible_count + a.fill_count) continue;
-      const T* grad = static_cast<const T*>(a.grad) + (b * a.tokens + n) * a.width;
-      for (int64_t c = 0; c < a.width; ++c) sum[c] += to_float(grad[c]);
+    const T* grad = static_cast<const T*>(a.grad) + b * a.tokens * a.width;
+    const int64_t* ids = a.ids_restore + b * a.tokens;
+    const auto next_filled = [&](int64_t n) {
+      while (n < rows.end && (ids[n] < a.visible_count || ids[n] >= a.visible_count + a.fill_count))
+        ++n;
+      return n;
+    };
+    for (int64_t n = next_filled(rows.begin), next; n < rows.end; n = next) {
+      next = next_filled(n + 1);
+      const int64_t coming = next < rows.end ? next : n;
+      add_row(grad + n * a.width, grad + coming * a.width, a.width, sum);
     }
   });
   for (int64_t c = 0; c < a.width; ++c) {
