@@ -4,6 +4,7 @@ SMA_FAST_REQUIRE="cpu,triton" makes a backend that is missing an error instead o
 """
 
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import hypothesis
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 import sma_fast
-from sma_fast import _dispatch, _native
+from sma_fast import _dispatch, _native, reference
 from sma_fast._schema import SCHEMAS
-from sma_fast.testing import NATIVE_DTYPES, OPS, assert_same, call, guarded, to_device
+from sma_fast.testing import NATIVE_DTYPES, OPS, assert_same, bits, call, guarded, to_device
 
 hypothesis.settings.register_profile(
     "sma_fast",
@@ -33,6 +35,8 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("sma_fast")
+
+MARGIN = 64  # elements around an output, a multiple of the alignment that torch gives
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class Forced:
 def backend(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> Iterator[Forced]:
-    """Forces one implementation, and fails unless it ran."""
+    """Forces one implementation; fails unless it ran, or if it wrote beside its outputs."""
     chosen: Implementation = request.param
     forced = Forced(chosen)
     find = _dispatch.implementation
@@ -186,8 +190,22 @@ def backend(
         counted.dtypes = getattr(function, "dtypes", None)
         return counted
 
+    outputs: list[torch.Tensor] = []
+    allocate = _native._empty
+
+    def allocate_among_sentinels(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if not torch.are_deterministic_algorithms_enabled():
+            return allocate(shape, dtype)
+        size = math.prod(shape)
+        outputs.append(torch.empty(size + 2 * MARGIN, dtype=dtype))  # poisoned
+        # through DLPack it is a storage of its own, which opcheck compares with the fake's
+        return from_dlpack(outputs[-1][MARGIN : MARGIN + size]).view(shape)
+
+    monkeypatch.setattr(_native, "_empty", allocate_among_sentinels)
     monkeypatch.setattr(_dispatch, "implementation", find_and_count)
     _dispatch._choose.cache_clear()
+    if chosen.device == "cuda":  # index values are looked at there only then
+        monkeypatch.setenv("SMA_FAST_CHECK", "1")
     before = _native.set_cpu_isa(chosen.isa) if chosen.isa else None
     native_calls = _native.calls.copy()
     try:
@@ -197,6 +215,10 @@ def backend(
         if chosen.backend in ("cpu", "cuda"):
             native = _native.calls - native_calls
             assert all(native[chosen.backend, op] >= n for op, n in forced.ran.items())
+        for buffer in outputs:
+            margins = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
+            poison = torch.empty(2 * MARGIN, dtype=buffer.dtype)
+            assert torch.equal(bits(margins), bits(poison)), "wrote beside an output"
         if chosen.isa:
             assert _native.set_cpu_isa(chosen.isa) == chosen.isa
     finally:
@@ -214,6 +236,14 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture
+def unchecked_reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs the reference as on a GPU, where index values are not looked at."""
+    monkeypatch.setattr(reference, "check_index", lambda *_: None)
+    with sma_fast.use_backend("reference"):
+        yield
 
 
 @pytest.fixture

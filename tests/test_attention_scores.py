@@ -371,3 +371,16 @@ def test_head_out_of_range(backend, bad):
     inputs = arguments(query_index=INDEX, head_index=INDEX.index_fill(1, torch.tensor(1), bad))
     with pytest.raises(ValueError, match=rf"^head_index: holds {bad}, allowed is 0 to 3"):
         call(OP, backend.inputs(inputs))
+
+
+@pytest.mark.parametrize("bad", (2, -2, 2**40))
+def test_unchecked_index_out_of_range_adds_nothing(unchecked_reference, bad):
+    query, key = torch.tensor([[[ONE, OFF]] * 2]), torch.tensor([[logs(1, 3)] * 2])
+    index, head = torch.tensor([[0, bad]]), torch.tensor([[bad, 0]])
+    scores = sma_fast.attention_scores(query, key, query_index=index)
+    torch.testing.assert_close(scores, torch.tensor([[0.25, 0.75]]))
+    scores = sma_fast.attention_scores(query, key, head_index=head)
+    torch.testing.assert_close(scores, torch.tensor([[0.5, 0.5]]))
+    attention = torch.tensor([[[[0.25, 0.75], [0.5, 0.5]]] * 2])
+    scores = sma_fast.aggregate_attention(attention, query_index=index)
+    torch.testing.assert_close(scores, torch.tensor([[0.25, 0.75]]))

@@ -19,9 +19,11 @@ from sma_fast.testing import (
     assert_same,
     call,
     gather_inputs,
+    guarded,
 )
 
 OP = "gather_tokens"
+OPCHECK = ((torch.float32, "packed"), (torch.bfloat16, "transposed"))
 OTHER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64)
 
 LITERALS = {  # tokens, ids, answer
@@ -128,23 +130,23 @@ def test_backward_reproducible(backend, dtype):
 
 @pytest.mark.one_instruction_set
 @pytest.mark.needs("gather_tokens_backward")
-@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("dtype, layout", OPCHECK)
 @pytest.mark.parametrize("trailing", ((), (5,), (2, 3)), ids=str)
-def test_opcheck(backend, trailing, transposed):
-    inputs = backend.inputs(gather_inputs(trailing=trailing))
-    tokens = inputs["tokens"]
-    if transposed:
-        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+def test_opcheck(backend, trailing, dtype, layout):
+    inputs, _ = guarded(backend.inputs(gather_inputs(dtype, trailing=trailing)), layout)
     torch.library.opcheck(
-        torch.ops.sma_fast.gather_tokens.default, (tokens.requires_grad_(), inputs["ids"])
+        torch.ops.sma_fast.gather_tokens.default,
+        (inputs["tokens"].requires_grad_(), inputs["ids"]),
     )
 
 
 @pytest.mark.one_instruction_set
 @pytest.mark.needs("gather_tokens_backward")
-@pytest.mark.parametrize("trailing", ((), (5,), (2, 3)), ids=str)
-def test_opcheck_backward(backend, trailing):
-    inputs = backend.inputs(gather_inputs(trailing=trailing, tokens=7, visible=7))
+@pytest.mark.parametrize("dtype, layout", OPCHECK)
+@pytest.mark.parametrize("trailing", ((), (2, 3)), ids=str)
+def test_opcheck_backward(backend, trailing, dtype, layout):
+    inputs = gather_inputs(dtype, trailing=trailing, tokens=7, visible=7)
+    inputs, _ = guarded(backend.inputs(inputs), layout)
     torch.library.opcheck(
         torch.ops.sma_fast.gather_tokens_backward.default,
         (inputs["tokens"].requires_grad_(), inputs["ids"], 9),
@@ -207,7 +209,16 @@ def test_id_out_of_range(backend, tokens, bad):
 @pytest.mark.needs("gather_tokens_backward")
 @pytest.mark.parametrize("bad", (7, -2, 2**40))
 def test_id_out_of_range_backward(backend, bad):
-    grad, ids = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    grad = torch.zeros(2, 3, 4, device=backend.device)
+    ids = torch.zeros(2, 3, dtype=torch.int64, device=backend.device)
     ids[1, 2] = bad
     with pytest.raises(ValueError, match=rf"^ids: holds {bad}, allowed is -1 to 6"):
         torch.ops.sma_fast.gather_tokens_backward(grad, ids, 7)
+
+
+@pytest.mark.parametrize("bad", (3, -2, 2**40))
+def test_unchecked_id_out_of_range_gives_zeros(unchecked_reference, bad):
+    tokens, ids = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2, bad]])
+    assert sma_fast.gather_tokens(tokens, ids).tolist() == [[3.0, 0.0]]
+    backward = torch.ops.sma_fast.gather_tokens_backward(torch.tensor([[5.0, 7.0]]), ids, 3)
+    assert backward.tolist() == [[0.0, 0.0, 5.0]]

@@ -25,6 +25,7 @@ from sma_fast.testing import (
 )
 
 OP = "random_masking"
+OPCHECK = ((torch.float32, "packed"), (torch.bfloat16, "transposed"))
 OTHER_DTYPES = (torch.int64, torch.int16, torch.uint8, torch.bool, torch.complex64)
 NAN, INF = math.nan, math.inf
 
@@ -187,10 +188,10 @@ def test_uniform():
 
 @pytest.mark.one_instruction_set
 @pytest.mark.needs("restore_tokens")
-@pytest.mark.parametrize("layout", ("packed", "transposed"))
+@pytest.mark.parametrize("dtype, layout", OPCHECK)
 @pytest.mark.parametrize("trailing", ((), (5,), (3, 2)), ids=str)
-def test_opcheck(backend, trailing, layout):
-    inputs, _ = guarded(backend.inputs(random_inputs(trailing=trailing)), layout)
+def test_opcheck(backend, trailing, dtype, layout):
+    inputs, _ = guarded(backend.inputs(random_inputs(dtype, trailing=trailing)), layout)
     torch.library.opcheck(
         torch.ops.sma_fast.random_masking.default,
         (inputs["tokens"].requires_grad_(), inputs["noise"], 0.4),

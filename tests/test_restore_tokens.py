@@ -17,11 +17,13 @@ from sma_fast.testing import (
     assert_reproducible,
     assert_same,
     call,
+    guarded,
     restore_inputs,
 )
 
 OP = "restore_tokens"
 FILLS = ("token", "rows")
+OPCHECK = ((torch.float32, "packed"), (torch.bfloat16, "transposed"))
 
 A, B, ZERO = [1.0, 2.0], [3.0, 4.0], [0.0, 0.0]
 X, Y, Z = [0.1, 0.2], [0.3, 0.4], [0.5, 0.6]
@@ -146,26 +148,26 @@ def test_backward_reproducible(backend, fill, dtype):
 
 
 @pytest.mark.one_instruction_set
-@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.needs("restore_tokens_backward")
+@pytest.mark.parametrize("dtype, layout", OPCHECK)
 @pytest.mark.parametrize("fill", FILLS)
-def test_opcheck(backend, fill, transposed):
-    inputs = backend.inputs(restore_inputs(fill=fill, padding="left"))
-    if transposed:
-        for name in ("visible", "ids_restore"):
-            inputs[name] = inputs[name].transpose(0, 1).contiguous().transpose(0, 1)
+def test_opcheck(backend, fill, dtype, layout):
+    inputs = restore_inputs(dtype, fill=fill, padding="left")
+    inputs, _ = guarded(backend.inputs(inputs), layout)
     inputs["visible"].requires_grad_(), inputs["fill"].requires_grad_()
     torch.library.opcheck(torch.ops.sma_fast.restore_tokens.default, tuple(inputs.values()))
 
 
 @pytest.mark.one_instruction_set
 @pytest.mark.needs("restore_tokens_backward")
+@pytest.mark.parametrize("dtype, layout", OPCHECK)
 @pytest.mark.parametrize("num_fill", (None, 6))
-def test_opcheck_backward(backend, num_fill):
-    inputs = backend.inputs(restore_inputs(ids="any", tokens=12, masked=0))
-    grad = inputs["visible"].requires_grad_()
+def test_opcheck_backward(backend, num_fill, dtype, layout):
+    inputs = restore_inputs(dtype, ids="any", tokens=12, masked=0)
+    inputs, _ = guarded(backend.inputs(inputs), layout)
     torch.library.opcheck(
         torch.ops.sma_fast.restore_tokens_backward.default,
-        (grad, inputs["ids_restore"], 8, num_fill),
+        (inputs["visible"].requires_grad_(), inputs["ids_restore"], 8, num_fill),
     )
 
 
@@ -247,8 +249,19 @@ def test_id_out_of_range(backend, fill, bad, last):
 @pytest.mark.needs("restore_tokens_backward")
 @pytest.mark.parametrize("fill, bad, last", OUT_OF_RANGE)
 def test_id_out_of_range_backward(backend, fill, bad, last):
-    ids = IDS.index_fill(1, torch.tensor(2), bad)
+    ids = IDS.index_fill(1, torch.tensor(2), bad).to(backend.device)
+    grad = torch.zeros(2, 5, 4, device=backend.device)
     with pytest.raises(ValueError, match=rf"^ids_restore: holds {bad}, allowed is -1 to {last}"):
-        torch.ops.sma_fast.restore_tokens_backward(
-            torch.zeros(2, 5, 4), ids, 3, 2 if fill == "rows" else None
-        )
+        torch.ops.sma_fast.restore_tokens_backward(grad, ids, 3, 2 if fill == "rows" else None)
+
+
+@pytest.mark.parametrize("bad", (6, -2, 2**40))
+@pytest.mark.parametrize("fill", ([9.0], [[[9.0]] * 2]), ids=FILLS)
+def test_unchecked_id_out_of_range_gives_zeros(unchecked_reference, fill, bad):
+    visible, fill, ids = torch.tensor([[[1.0]]]), torch.tensor(fill), torch.tensor([[1, 0, bad]])
+    assert sma_fast.restore_tokens(visible, ids, fill).flatten().tolist() == [9.0, 1.0, 0.0]
+    num_fill = 2 if fill.dim() == 3 else None
+    grad = torch.tensor([[[5.0], [6.0], [7.0]]])
+    back = torch.ops.sma_fast.restore_tokens_backward(grad, ids, 1, num_fill)
+    assert back[0].flatten().tolist() == [6.0]
+    assert back[1].flatten().tolist() == ([5.0, 0.0] if num_fill else [5.0])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sma_fast.masking.sma import SMAMasking
-from sma_fast.models.sma import SMAConfig, SMAForPretraining
+from sma_fast.models.sma import SMAForPretraining
+from sma_fast.models.sma_config import SMAConfig
 
 # published prefix -> ours; the model is stored up to three times, under the last three names
 _PREFIXES = {

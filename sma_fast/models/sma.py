@@ -7,7 +7,6 @@ Letters in the shapes: B batch, N tokens, V visible, K masked, H heads, M latent
 C latent width.
 """
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,123 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sma_fast.masking.sma import SMAMasking, given_selection
+from sma_fast.models.sma_config import SMAConfig
 from sma_fast.ops import TokenSelection, gather_tokens
 
 _NO_TARGET = -100  # cross_entropy's ignore_index
-
-
-@dataclass
-class SMAConfig:
-    """Sizes of an SMA model; names as in the authors' config.json, defaults as for language.
-
-    Args:
-        input_type: "discrete" (token ids) or "continuous" (values).
-        num_discrete_tokens: vocabulary. Bytes: 6 special tokens + 256.
-        input_channels: channels of a continuous token.
-        max_position_embeddings: the longest input.
-        embedded_channels: E, width of the embedding.
-        encoder_type: "cross_attention": latents attend to tokens.
-        num_latents: M.
-        latent_channels: C.
-        num_blocks: how often the block of layers is repeated, with the same weights.
-        num_self_attends_per_block: layers after the first.
-        num_self_attention_heads: heads of these layers.
-        num_cross_attention_heads: heads of the first layer.
-        qk_channels: width of queries and keys. Default: C.
-        v_channels: width of values. Default: C.
-        encoder_cross_attention_channels: width of queries and keys in the first layer. Default:
-            `qk_channels`.
-        self_attention_widening_factor: MLP width over C in the layers after the first.
-        cross_attention_widening_factor: MLP width over C in the first layer.
-        dense_use_bias: whether projections have a bias.
-        attention_dropout_prob: on attention weights, in [0, 1).
-        hidden_dropout_prob: on embeddings and the two outputs of a layer, in [0, 1).
-        initializer_range: standard deviation of initial weights.
-        pe_initializer_range: standard deviation of initial position embeddings.
-        decoder_channels: width of decoder queries and values. Default: E.
-        decoder_qk_channels: width of the decoder's projected queries and keys. Default:
-            `decoder_channels`.
-        decoder_heads: heads of the decoder.
-        decoder_widening_factor: MLP width over `decoder_channels`.
-        share_decoder_queries: decoder queries are the position embeddings, not their own table.
-        share_embedding_weights: discrete output through the token table, where widths agree.
-        masking: SMAMasking, or a dict of its arguments.
-
-    Raises:
-        ValueError: naming the field, what was given and what is allowed.
-
-    Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), appendix.
-    """
-
-    input_type: str = "discrete"
-    num_discrete_tokens: int = 262
-    input_channels: int = 1
-    max_position_embeddings: int = 1024
-    embedded_channels: int = 512
-    encoder_type: str = "cross_attention"
-    num_latents: int = 256
-    latent_channels: int = 1024
-    num_blocks: int = 1
-    num_self_attends_per_block: int = 16
-    num_self_attention_heads: int = 8
-    num_cross_attention_heads: int = 8
-    qk_channels: int | None = None
-    v_channels: int | None = None
-    encoder_cross_attention_channels: int | None = None
-    self_attention_widening_factor: int = 1
-    cross_attention_widening_factor: int = 1
-    dense_use_bias: bool = True
-    attention_dropout_prob: float = 0.0
-    hidden_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
-    pe_initializer_range: float = 0.02
-    decoder_channels: int | None = None
-    decoder_qk_channels: int | None = None
-    decoder_heads: int = 8
-    decoder_widening_factor: int = 1
-    share_decoder_queries: bool = True
-    share_embedding_weights: bool = True
-    masking: SMAMasking = field(default_factory=SMAMasking)
-
-    def __post_init__(self) -> None:
-        self.qk_channels = self.qk_channels or self.latent_channels
-        self.v_channels = self.v_channels or self.latent_channels
-        self.encoder_cross_attention_channels = (
-            self.encoder_cross_attention_channels or self.qk_channels
-        )
-        self.decoder_channels = self.decoder_channels or self.embedded_channels
-        self.decoder_qk_channels = self.decoder_qk_channels or self.decoder_channels
-        if isinstance(self.masking, dict):
-            self.masking = SMAMasking(**self.masking)
-        _check_field(self, "input_type", ("discrete", "continuous"))
-        _check_field(self, "encoder_type", ("cross_attention",))
-        for name, heads in (
-            ("qk_channels", "num_self_attention_heads"),
-            ("v_channels", "num_self_attention_heads"),
-            ("v_channels", "num_cross_attention_heads"),
-            ("encoder_cross_attention_channels", "num_cross_attention_heads"),
-            ("decoder_channels", "decoder_heads"),
-            ("decoder_qk_channels", "decoder_heads"),
-        ):
-            width, parts = getattr(self, name), getattr(self, heads)
-            if parts < 1 or width < 1 or width % parts:
-                raise ValueError(f"{name}: got {width}, allowed is a multiple of {heads} ({parts})")
-        for name in (
-            "num_discrete_tokens",
-            "input_channels",
-            "max_position_embeddings",
-            "embedded_channels",
-            "num_latents",
-            "latent_channels",
-            "num_blocks",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is at least 1")
-        if self.share_decoder_queries and self.decoder_channels != self.embedded_channels:
-            raise ValueError(
-                f"decoder_channels: got {self.decoder_channels}, allowed is embedded_channels "
-                f"({self.embedded_channels}) with share_decoder_queries"
-            )
 
 
 class SMAEncoding(NamedTuple):
@@ -502,9 +388,3 @@ def _check_masks(inputs: Tensor, attention_mask: Tensor | None, mask: Tensor | N
             )
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask: got {mask.dtype}, allowed is bool, True = masked")
-
-
-def _check_field(config: SMAConfig, name: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, allowed is {', '.join(map(repr, allowed))}")
