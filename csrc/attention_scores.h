@@ -282,19 +282,18 @@ void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t 
         const int64_t panels = (count + kLanes - 1) / kLanes;
         pack_keys(key, a.key_strides[2], a.key_strides[3], a.width, index, first, count,
                   packed_keys);
-        // the next chunk of this head, or the first one of the next
-        const bool last = c + 1 == mine.end;
-        const int64_t next_first = (last ? mine.begin : c + 1) * kChunk;
         const int64_t size = static_cast<int64_t>(sizeof(T));
-        Ahead ahead = {
-            reinterpret_cast<const char*>(last ? key + a.key_strides[1] : key),
-            index,
-            a.key_strides[2] * size,
-            a.width * size,
-            next_first,
-            last && g + 1 == a.kv_heads ? 0 : smaller(next_first + kChunk, valid),
-            0,
-        };
+        Ahead ahead = {reinterpret_cast<const char*>(key), index, a.key_strides[2] * size,
+                       a.width * size, (c + 1) * kChunk, smaller((c + 2) * kChunk, valid), 0};
+        if (c + 1 == mine.end) {  // the first chunk of the next head, or of the next sample
+          const bool same = g + 1 < a.kv_heads;
+          ahead.keys = reinterpret_cast<const char*>(
+              same ? key + a.key_strides[1]
+                   : static_cast<const T*>(a.key) + (b + 1) * a.key_strides[0]);
+          if (!same) ahead.index = nullptr;
+          ahead.row = mine.begin * kChunk;
+          ahead.end = same || b + 1 < a.batch ? smaller(ahead.row + kChunk, valid) : 0;
+        }
         const int64_t groups = (rows.count + kTileRows - 1) / kTileRows;
         const int64_t lines = (kLanes * ((a.width * size + 63) / 64) + groups - 1) / groups;
         for (int64_t begin = 0, i = 0; begin < rows.count; ++i) {
@@ -387,7 +386,8 @@ void for_each_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, const
       for (int64_t b = 0; b < a.batch; ++b)
         body(b, shared.get(), own.get() + id * own_size, Team{id, count});
     } else {
-#pragma omp for schedule(dynamic, 1)
+      const int64_t run = larger<int64_t>(1, a.batch / (count * 16));  // of neighbours in memory
+#pragma omp for schedule(dynamic, run)
       for (int64_t b = 0; b < a.batch; ++b)
         body(b, shared.get() + id * shared_size, own.get() + id * own_size, Team{0, 1});
     }

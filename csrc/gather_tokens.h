@@ -5,7 +5,8 @@
 namespace sma {
 namespace SMA_ISA {
 
-constexpr int64_t kRowBlock = 1024;  // rows of one sample that a thread takes at a time
+constexpr int64_t kRowBlock = 1024;    // rows of one sample that a thread takes at a time
+constexpr int64_t kAheadBytes = 3072;  // rows are asked of memory this far before they are copied
 
 // Calls body(b, rows) for blocks of rows of every sample. Blocks do not depend on the
 // number of threads.
@@ -38,10 +39,15 @@ inline void gather_rows(const GatherTokensArgs& a, int64_t b, Range rows) {
   const char* from = static_cast<const char*>(a.tokens) + b * a.batch_bytes;
   char* to = static_cast<char*>(a.out) + b * a.visible * a.row_bytes;
   const int64_t* ids = a.ids + b * a.visible;
-  for (int64_t v = rows.begin; v < rows.end; ++v) {
-    if (v + 1 < rows.end && ids[v + 1] >= 0)  // asked of memory while this row is copied
+  const auto touch = [&](int64_t v) {  // ask memory for a row
+    if (v < rows.end && ids[v] >= 0)
       for (int64_t i = 0; i < a.row_bytes; i += 64)
-        __builtin_prefetch(from + ids[v + 1] * a.token_bytes + i, 0, 2);
+        __builtin_prefetch(from + ids[v] * a.token_bytes + i, 0, 2);
+  };
+  const int64_t ahead = larger<int64_t>(1, kAheadBytes / larger<int64_t>(a.row_bytes, 1));
+  for (int64_t v = rows.begin; v < rows.begin + ahead; ++v) touch(v);
+  for (int64_t v = rows.begin; v < rows.end; ++v) {
+    touch(v + ahead);
     copy_row(to + v * a.row_bytes, ids[v] < 0 ? nullptr : from + ids[v] * a.token_bytes,
              a.row_bytes, past_caches);
   }

@@ -266,7 +266,7 @@ inline void fence() {
   _mm_sfence();
 #endif
 }
-constexpr int64_t kStreamBytes = 16 << 20;  // outputs from here on do not stay in the caches
+constexpr int64_t kStreamBytes = 8 << 20;  // outputs from here on do not stay in the caches
 
 inline bool aligned_to_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 
