@@ -39,25 +39,35 @@ def gather_tokens_kernel(
     )
 
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_words(x: Tensor) -> Tensor:
+    """Returns x as integers of the same size, (B, N, C): a copy does not care what they mean."""
+    if x.dtype.itemsize == 16:  # complex128
+        x = torch.view_as_real(x)
+    x = x.view(WORDS[x.dtype.itemsize])
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+
+
 def launch(tokens: Tensor, ids: Tensor) -> Tensor:
     """Returns (B, V, ...) tokens at (B, V) ids, zeros where the id is -1 or out of range."""
     batch, visible = ids.shape
-    flat = tokens.flatten(2) if tokens.dim() > 2 else tokens.unsqueeze(2)  # (B, N, C)
-    if flat.shape[2] > 1 and flat.stride(2) != 1:
-        flat = flat.contiguous()
-    ids = ids.contiguous()
-    width = flat.shape[2]
     out = torch.empty((batch, visible) + tokens.shape[2:], dtype=tokens.dtype, device=tokens.device)
     if out.numel() == 0:
         return out
+    flat = as_words(tokens)
+    if flat.shape[2] > 1 and flat.stride(2) != 1:
+        flat = flat.contiguous()
+    width = flat.shape[2]
     block_width = min(triton.next_power_of_2(width), 1024)
     block_rows = max(1, 2048 // block_width)
     rows = batch * visible
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
     gather_tokens_kernel[grid](
         flat,
-        ids,
-        out,
+        ids.contiguous(),
+        as_words(out),
         rows,
         visible,
         flat.shape[1],

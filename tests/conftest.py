@@ -1,6 +1,6 @@
 """Fixtures: every implementation this machine has, and memory that shows what was not written.
 
-SMA_FAST_REQUIRE="cpu,triton" makes a backend that is missing an error instead of a skip.
+SMA_FAST_REQUIRE="cpu,triton,peers" makes what is missing an error instead of a skip.
 """
 
 import functools
@@ -96,8 +96,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # it visits all of torch's loggers for each test, and prints every step of torch.compile
     config.pluginmanager.set_blocked("logging-plugin")
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
-    if required - set(_dispatch.BACKENDS):
-        raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(_dispatch.BACKENDS)}")
+    allowed = (*_dispatch.BACKENDS, "peers")  # peers: the packages that test_compat compares with
+    if required - set(allowed):
+        raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(allowed)}")
     for backend, reason in missing_backends().items():
         if backend in required:
             raise pytest.UsageError(f"SMA_FAST_REQUIRE: {backend} is missing: {reason}")
@@ -202,6 +203,7 @@ def backend(
         return from_dlpack(outputs[-1][MARGIN : MARGIN + size]).view(shape)
 
     monkeypatch.setattr(_native, "_empty", allocate_among_sentinels)
+    monkeypatch.setattr(_native, "_small", allocate_among_sentinels)
     monkeypatch.setattr(_dispatch, "implementation", find_and_count)
     _dispatch._choose.cache_clear()
     if chosen.device == "cuda":  # index values are looked at there only then

@@ -13,6 +13,7 @@ from sma_fast.testing import (
     DTYPES,
     LAYOUTS,
     NATIVE_DTYPES,
+    assert_close,
     assert_compiles_once,
     assert_gradients,
     assert_reproducible,
@@ -24,6 +25,7 @@ from sma_fast.testing import (
 
 OP = "gather_tokens"
 OPCHECK = ((torch.float32, "packed"), (torch.bfloat16, "transposed"))
+LARGE = ((torch.float32, 512), (torch.float32, 511), (torch.bfloat16, 1023), (torch.float64, 256))
 OTHER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64)
 
 LITERALS = {  # tokens, ids, answer
@@ -55,6 +57,13 @@ def test_cases(backend, case, dtype):
 @pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 def test_other_dtypes(backend, dtype, layout):
     backend.assert_same_as_oracle(OP, gather_inputs(dtype, trailing=(3, 2)), layout)
+
+
+@pytest.mark.parametrize("dtype, width", LARGE)
+def test_larger_than_the_caches(backend, dtype, width):
+    # an output of more than 8 MiB may be written past them
+    inputs = gather_inputs(dtype, batch=2, tokens=2200, visible=2200, trailing=(width,))
+    backend.assert_same_as_oracle(OP, inputs)
 
 
 @given(
@@ -89,6 +98,18 @@ def test_gradients_of_any_layout(backend, dtype, layout):
     assert_gradients(lambda x: [function(x, inputs["ids"])], [tokens], layout)
 
 
+@pytest.mark.needs("gather_tokens_backward")
+@pytest.mark.parametrize("dtype, width", LARGE)
+def test_backward_larger_than_the_caches(backend, dtype, width):
+    inputs = gather_inputs(dtype, batch=2, tokens=2200, visible=2200, trailing=(width,))
+    grad, ids = backend.inputs(inputs).values()
+    backward = torch.ops.sma_fast.gather_tokens_backward
+    actual = backward(grad, ids, 2200)
+    with sma_fast.use_backend("reference"):
+        plain, exact = backward(grad, ids, 2200), backward(grad.double(), ids, 2200)
+    assert_close(actual, exact, plain)
+
+
 @pytest.mark.parametrize("trailing", ((), (2,), (2, 3)), ids=str)
 def test_gradcheck(trailing):
     inputs = gather_inputs(torch.float64, batch=2, tokens=4, visible=5, trailing=trailing)
@@ -100,7 +121,9 @@ def test_gradcheck(trailing):
 
 @pytest.mark.parametrize("batch, tokens", ((5, 700), (1, 20_001)))
 def test_reproducible(backend, batch, tokens):
-    inputs = backend.inputs(gather_inputs(batch=batch, tokens=tokens, visible=tokens // 2))
+    # wide enough for two threads
+    inputs = gather_inputs(batch=batch, tokens=tokens, visible=tokens // 2, trailing=(40,))
+    inputs = backend.inputs(inputs)
     assert_reproducible(sma_fast.gather_tokens, inputs["tokens"], inputs["ids"])
 
 
@@ -123,7 +146,8 @@ def test_large_outputs_are_not_used_again_while_alive(backend):
 @pytest.mark.needs("gather_tokens_backward")
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 def test_backward_reproducible(backend, dtype):
-    inputs = backend.inputs(gather_inputs(dtype, batch=5, tokens=90, visible=700))  # repeated ids
+    inputs = gather_inputs(dtype, batch=5, tokens=90, visible=700, trailing=(80,))  # repeated ids
+    inputs = backend.inputs(inputs)
     ids, grad = inputs["ids"], inputs["tokens"].repeat(1, 8, 1)[:, :700]
     assert_reproducible(lambda g, i: torch.ops.sma_fast.gather_tokens_backward(g, i, 90), grad, ids)
 

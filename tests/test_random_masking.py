@@ -69,6 +69,13 @@ def test_other_dtypes(backend, dtype, layout):
     backend.assert_same_as_oracle(OP, random_inputs(dtype, trailing=(3, 2)), layout)
 
 
+@pytest.mark.parametrize("dtype, width", ((torch.float32, 511), (torch.bfloat16, 1024)))
+def test_larger_than_the_caches(backend, dtype, width):
+    # an output of more than 8 MiB may be written past them
+    inputs = random_inputs(dtype, batch=2, tokens=3000, trailing=(width,), mask_ratio=0.25)
+    backend.assert_same_as_oracle(OP, inputs)
+
+
 @given(
     batch=st.integers(0, 4),
     tokens=st.sampled_from((0, 1, 2, 7, 33, 65)),
@@ -156,7 +163,8 @@ def test_mask_carries_no_gradient(backend):
 
 @pytest.mark.parametrize("batch, tokens", ((5, 700), (1, 20_001)))
 def test_reproducible(backend, batch, tokens):
-    inputs = backend.inputs(random_inputs(batch=batch, tokens=tokens))
+    # wide enough for two threads
+    inputs = backend.inputs(random_inputs(batch=batch, tokens=tokens, trailing=(40,)))
     assert_reproducible(
         lambda x, noise: sma_fast.random_masking(x, 0.75, noise=noise),
         inputs["tokens"],

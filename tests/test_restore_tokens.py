@@ -12,17 +12,20 @@ from sma_fast.testing import (
     LAYOUTS,
     NATIVE_DTYPES,
     PADDINGS,
+    assert_close,
     assert_compiles_once,
     assert_gradients,
     assert_reproducible,
     assert_same,
     call,
     guarded,
+    make_scores,
     restore_inputs,
 )
 
 OP = "restore_tokens"
 FILLS = ("token", "rows")
+LARGE = ((torch.float32, 512), (torch.float32, 511), (torch.bfloat16, 1023), (torch.float64, 256))
 OPCHECK = ((torch.float32, "packed"), (torch.bfloat16, "transposed"))
 
 A, B, ZERO = [1.0, 2.0], [3.0, 4.0], [0.0, 0.0]
@@ -58,6 +61,32 @@ def test_literal(backend, name):
 @pytest.mark.parametrize("case", CASES[OP], ids=str)
 def test_cases(backend, case, dtype):
     backend.assert_same_as_oracle(OP, case.build(dtype))
+
+
+def large(dtype: torch.dtype, width: int, fill: str) -> dict:
+    # outputs of more than 8 MiB may be written past the caches
+    return restore_inputs(dtype, batch=2, tokens=2300, masked=50, width=width, fill=fill)
+
+
+@pytest.mark.parametrize("dtype, width", LARGE)
+@pytest.mark.parametrize("fill", FILLS)
+def test_larger_than_the_caches(backend, fill, dtype, width):
+    backend.assert_same_as_oracle(OP, large(dtype, width, fill))
+
+
+@pytest.mark.needs("restore_tokens_backward")
+@pytest.mark.parametrize("dtype, width", LARGE)
+@pytest.mark.parametrize("fill", FILLS)
+def test_backward_larger_than_the_caches(backend, fill, dtype, width):
+    ids = large(dtype, width, fill)["ids_restore"].to(backend.device)
+    grad = make_scores("normal", (2, 2300, width), dtype).to(backend.device)
+    sizes = (2250, 50 if fill == "rows" else None)
+    backward = torch.ops.sma_fast.restore_tokens_backward
+    actual = backward(grad, ids, *sizes)
+    with sma_fast.use_backend("reference"):
+        plain, exact = backward(grad, ids, *sizes), backward(grad.double(), ids, *sizes)
+    for x, y, z in zip(actual, exact, plain, strict=True):
+        assert_close(x, y, z)
 
 
 @given(

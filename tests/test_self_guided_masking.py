@@ -155,6 +155,22 @@ def test_cases(backend, case, dtype):
     assert_result(backend, case.build(dtype))
 
 
+LARGE = {
+    "tokens": {"tokens": 3600, "trailing": (511,), "selected": 3, "padding": "scattered"},
+    "rows": {
+        **{"batch": 1, "heads": 8, "kv_heads": 1, "tokens": 9000, "width": 4},
+        **{"queries": 64, "num_queries": 64},
+    },
+    "few samples, many keys": {"batch": 5, "tokens": 4500, "num_queries": 3, "many": True},
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_larger_than_the_caches(backend, name, dtype):
+    assert_result(backend, guided_inputs(dtype, **LARGE[name]))
+
+
 @given(
     batch=st.integers(0, 3),
     latents=st.booleans(),
@@ -293,14 +309,14 @@ REPRODUCIBLE = {
     "padding": {"padding": "left"},
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
-    "masked queries": {"queries": 700, "mask_queries": True},
+    "masked queries": {"queries": 4500, "mask_queries": True},
 }
 
 
 @pytest.mark.parametrize("name", REPRODUCIBLE)
-@pytest.mark.parametrize("batch", (1, 5))
+@pytest.mark.parametrize("batch", (1, 5, 16))
 def test_reproducible(backend, batch, name):
-    options = {"queries": 20, "tokens": 700, "selected": 17, "heads": 3} | REPRODUCIBLE[name]
+    options = {"queries": 20, "tokens": 4500, "selected": 17, "heads": 3} | REPRODUCIBLE[name]
     inputs = backend.inputs(guided_inputs(batch=batch, **options))
     inputs.setdefault("key_padding_mask", torch.zeros_like(inputs["key"][:, 0, :, 0]).bool())
 
@@ -310,7 +326,7 @@ def test_reproducible(backend, batch, name):
             inputs["mask_queries"], 0.5, None,
         )  # fmt: skip
 
-    noise = torch.rand(batch, 700, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(batch, 4500, generator=torch.Generator().manual_seed(1))
     assert_reproducible(
         run,
         inputs["query"],
