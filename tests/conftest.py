@@ -241,6 +241,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def four_threads() -> Iterator[None]:
+    """Runs with more threads than most test machines have cores, so that they overtake others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def unchecked_reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs the reference as on a GPU, where index values are not looked at."""
     monkeypatch.setattr(reference, "check_index", lambda *_: None)

@@ -139,18 +139,24 @@ def test_cases(backend, case, dtype):
     assert_scores(backend, case.build(dtype))
 
 
-LARGE = {  # 512 rows of attention, 18 MiB in float32, with one key head, and how samples are shared
-    "rows": {"batch": 1, "heads": 8, "kv_heads": 1, "queries": 64, "tokens": 9000, "width": 4},
-    "samples": {"batch": 16, "tokens": 300, "queries": 20, "selected": 17},
-    "few samples, many keys": {"batch": 5, "tokens": 4500, "queries": 3},
+ROWS = {"batch": 1, "heads": 8, "kv_heads": 1, "queries": 64, "tokens": 9000, "width": 4}
+LARGE = {  # 512 rows of one key head are 18 MiB; threads share samples, or one sample's keys
+    "rows": ROWS,
+    "rows, heads apart": ROWS | {"head_reduce": "none"},
+    "rows, padding": ROWS | {"padding": "scattered"},
+    "another number of rows in each head": {
+        **{"batch": 1, "heads": 8, "by_head": True, "queries": 40, "selected": 30},
+        **{"tokens": 9000},
+    },
+    "samples": {"batch": 16, "tokens": 300, "queries": 20, "selected": 17, "padding": "left"},
+    "few samples, many keys": {"batch": 5, "tokens": 4500, "queries": 3, "padding": "left"},
 }
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("more", ({}, {"head_reduce": "none"}, {"padding": "scattered"}), ids=str)
 @pytest.mark.parametrize("name", LARGE)
-def test_larger_than_the_caches(backend, name, more, dtype):
-    assert_scores(backend, attention_inputs(dtype, **LARGE[name], **more))
+def test_large(backend, four_threads, name, dtype):
+    assert_scores(backend, attention_inputs(dtype, **LARGE[name]))
 
 
 @given(
@@ -206,7 +212,11 @@ def test_latents_given_once_are_the_expanded_ones(backend):
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("options", ({}, {"head_reduce": "none"}, {"padding": "left"}), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"head_reduce": "none"}, {"padding": "left"}, {"by_head": True}),
+    ids=str,
+)
 @pytest.mark.parametrize("batch, tokens", ((16, 300), (5, 4500), (1, 5001)))
 def test_reproducible(backend, batch, tokens, options, dtype):
     inputs = attention_inputs(

@@ -60,7 +60,7 @@ def test_other_dtypes(backend, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype, width", LARGE)
-def test_larger_than_the_caches(backend, dtype, width):
+def test_large(backend, four_threads, dtype, width):
     # an output of more than 8 MiB may be written past them
     inputs = gather_inputs(dtype, batch=2, tokens=2200, visible=2200, trailing=(width,))
     backend.assert_same_as_oracle(OP, inputs)
@@ -100,7 +100,7 @@ def test_gradients_of_any_layout(backend, dtype, layout):
 
 @pytest.mark.needs("gather_tokens_backward")
 @pytest.mark.parametrize("dtype, width", LARGE)
-def test_backward_larger_than_the_caches(backend, dtype, width):
+def test_large_backward(backend, four_threads, dtype, width):
     inputs = gather_inputs(dtype, batch=2, tokens=2200, visible=2200, trailing=(width,))
     grad, ids = backend.inputs(inputs).values()
     backward = torch.ops.sma_fast.gather_tokens_backward

@@ -70,7 +70,7 @@ def test_other_dtypes(backend, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype, width", ((torch.float32, 511), (torch.bfloat16, 1024)))
-def test_larger_than_the_caches(backend, dtype, width):
+def test_large(backend, four_threads, dtype, width):
     # an output of more than 8 MiB may be written past them
     inputs = random_inputs(dtype, batch=2, tokens=3000, trailing=(width,), mask_ratio=0.25)
     backend.assert_same_as_oracle(OP, inputs)

@@ -70,14 +70,14 @@ def large(dtype: torch.dtype, width: int, fill: str) -> dict:
 
 @pytest.mark.parametrize("dtype, width", LARGE)
 @pytest.mark.parametrize("fill", FILLS)
-def test_larger_than_the_caches(backend, fill, dtype, width):
+def test_large(backend, four_threads, fill, dtype, width):
     backend.assert_same_as_oracle(OP, large(dtype, width, fill))
 
 
 @pytest.mark.needs("restore_tokens_backward")
 @pytest.mark.parametrize("dtype, width", LARGE)
 @pytest.mark.parametrize("fill", FILLS)
-def test_backward_larger_than_the_caches(backend, fill, dtype, width):
+def test_large_backward(backend, four_threads, fill, dtype, width):
     ids = large(dtype, width, fill)["ids_restore"].to(backend.device)
     grad = make_scores("normal", (2, 2300, width), dtype).to(backend.device)
     sizes = (2250, 50 if fill == "rows" else None)

@@ -155,11 +155,15 @@ def test_cases(backend, case, dtype):
     assert_result(backend, case.build(dtype))
 
 
-LARGE = {
+LARGE = {  # outputs of more than 8 MiB; rows of attention of more than 16; all threads on a sample
     "tokens": {"tokens": 3600, "trailing": (511,), "selected": 3, "padding": "scattered"},
     "rows": {
         **{"batch": 1, "heads": 8, "kv_heads": 1, "tokens": 9000, "width": 4},
         **{"queries": 64, "num_queries": 64},
+    },
+    "another number of rows in each head": {
+        **{"batch": 1, "heads": 8, "tokens": 9000, "queries": 40, "num_queries": 30},
+        **{"head_reduce": "random"},
     },
     "few samples, many keys": {"batch": 5, "tokens": 4500, "num_queries": 3, "many": True},
 }
@@ -167,7 +171,7 @@ LARGE = {
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", LARGE)
-def test_larger_than_the_caches(backend, name, dtype):
+def test_large(backend, four_threads, name, dtype):
     assert_result(backend, guided_inputs(dtype, **LARGE[name]))
 
 
