@@ -19,6 +19,7 @@ constexpr int kTileRows = 14;    // 14 x 2 accumulators in 32 registers
 #else
 constexpr int kTileRows = 6;     // 6 x 2 accumulators in 16 registers
 #endif
+constexpr int64_t kAheadQueries = 1024;  // rows of queries asked of memory ahead, at most
 constexpr int64_t kRowsBytes = 16 << 20;  // exponentials kept at once where a key head serves many
 
 // How much scratch a sample takes: `shared` by the team that works on it, `own` by each thread.
@@ -33,8 +34,8 @@ struct ScoresPlan {
     stride = round_up(rows, kLanes);
     chunks = (tokens + kChunk - 1) / kChunk;
     const int64_t sums = (a.reduce == kNone ? a.heads : 1) * tokens;
-    shared = rows * tokens + 5 * chunks * stride + sums + tokens;
-    own = kChunk * a.width + kTileRows * kChunk + rows * a.width + 2 * rows;
+    shared = rows * tokens + 5 * chunks * stride + sums;
+    own = kChunk * a.width + kTileRows * kChunk + rows * a.width + 2 * rows + tokens;
   }
 };
 
@@ -232,23 +233,17 @@ void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t 
   totals[1] = totals[0] + plan.chunks * plan.stride;
   float* weights = totals[1] + plan.chunks * plan.stride;      // [chunk][row]
   float* sums = weights + plan.chunks * plan.stride;           // [score row][valid key]
-  int32_t* index = reinterpret_cast<int32_t*>(sums + score_rows * padded);  // [valid key]
   float* packed_keys = own;
   float* logits = packed_keys + kChunk * a.width;
   float* packed_queries = logits + kTileRows * kChunk;
   int32_t* row_index = reinterpret_cast<int32_t*>(packed_queries + plan.rows * a.width);
   ScoreRows rows = {0, row_index, row_index + plan.rows};
+  int32_t* token_index = row_index + 2 * plan.rows;
 
   const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.tokens;
-  int64_t valid = a.tokens;
-  if (padding != nullptr) {
-    valid = 0;
-    for (int64_t n = 0; n < a.tokens; ++n) {
-      if (team.id == 0) index[valid] = static_cast<int32_t>(n);
-      valid += padding[n] == 0;
-    }
-  }
-  if (valid == a.tokens) index = nullptr;
+  const ValidTokens tokens(padding, a.tokens, token_index);  // each thread finds the same
+  const int64_t valid = tokens.count;
+  const int32_t* index = tokens.index;
   const int64_t chunks = (valid + kChunk - 1) / kChunk;
   const Range mine = share(chunks, team);
   const Range own_keys = {mine.begin * kChunk, smaller(mine.end * kChunk, valid)};
@@ -258,6 +253,19 @@ void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t 
   const bool past_caches = plan.rows * padded * 4 >= 2 * kStreamBytes;
   const float head_weight = a.reduce == kMean && a.head_index == nullptr ? 1.0f / a.heads : 1.0f;
   team.wait();
+
+  // rows of queries lie far apart: those of the next sample are asked of memory now
+  if (a.query_strides[0] != 0 && b + 1 < a.batch && a.heads * a.selected <= kAheadQueries)
+    for (int64_t r = 0; r < a.selected; ++r) {
+      const int64_t row = (b + 1) * a.selected + r;
+      const int64_t query = a.query_index == nullptr ? r : a.query_index[row];
+      const int64_t from = a.head_index == nullptr ? 0 : a.head_index[row];
+      const int64_t to = a.head_index == nullptr ? a.heads : from + 1;
+      for (int64_t h = from; h < to && query >= 0; ++h)
+        for (int64_t d = 0; d < a.width; d += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(static_cast<const T*>(a.query) + (b + 1) * a.query_strides[0] +
+                             h * a.query_strides[1] + query * a.query_strides[2] + d);
+    }
 
   int parity = 0;
   for (int64_t g = 0; g < a.kv_heads && valid > 0; ++g) {
@@ -305,7 +313,7 @@ void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t 
           for (int64_t r = 0; r < group_rows; ++r)
             totals[parity][c * stride + range.begin + r] = exponentials(
                 logits + r * panels * kLanes, best[r], count,
-                e + first * rows.count + (range.begin + r) * panels * kLanes, past_caches);
+                e + first * plan.rows + (range.begin + r) * panels * kLanes, past_caches);
           begin = range.end;
         }
         for (int64_t r = rows.count; r < stride; ++r)
@@ -333,7 +341,7 @@ void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t 
           end = rows.count;
           if (a.reduce == kNone)
             for (end = r + 1; end < rows.count && rows.head[end] == rows.head[r];) ++end;
-          add_rows(e + first * rows.count + r * keys, keys, end - r, weights + c * stride + r,
+          add_rows(e + first * plan.rows + r * keys, keys, end - r, weights + c * stride + r,
                    sums + (a.reduce == kNone ? rows.head[r] * padded : 0) + first);
         }
       }
@@ -346,10 +354,11 @@ void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t 
     const float* sum = sums + h * padded;
     if (index == nullptr) {
       for (int64_t n = own_keys.begin; n < own_keys.end; ++n) out[n] = sum[n];
+      for (int64_t n = valid; team.id == 0 && n < a.tokens; ++n) out[n] = 0.0f;  // padding
       continue;
     }
     // padding behind the thread's own keys, up to those of the next thread, is its own too
-    if (mine.begin == mine.end && !(valid == 0 && team.id == 0)) continue;
+    if (mine.begin == mine.end) continue;
     const int64_t begin = own_keys.begin == 0 ? 0 : index[own_keys.begin];
     const int64_t end = own_keys.end == valid ? a.tokens : index[own_keys.end];
     for (int64_t n = begin; n < end; ++n) out[n] = 0.0f;

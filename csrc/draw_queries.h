@@ -12,20 +12,18 @@ inline void draw_queries(const DrawQueriesArgs& a) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
   for (int64_t b = 0; b < a.batch; ++b) {
     const SelectScratch s(scratch.get() + omp_get_thread_num() * size, a.candidates);
-    int64_t valid = 0;
-    for (int64_t m = 0; m < a.candidates; ++m) {
-      s.index[valid] = static_cast<int32_t>(m);
-      valid += a.padding == nullptr || a.padding[b * a.candidates + m] == 0;
-    }
+    const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.candidates;
+    const ValidTokens tokens(padding, a.candidates, s.index);
+    const int64_t valid = tokens.count;
     int64_t k = a.num_queries;
     if (a.num_queries_rows != nullptr) k = smaller(a.num_queries_rows[b], k);
     k = smaller(larger<int64_t>(k, 1), valid);
-    ordered_keys(a.noise + b * a.candidates, s.index, valid, -1.0f, s.keys);
+    ordered_keys(a.noise + b * a.candidates, tokens.index, valid, -1.0f, s.keys);
     flag_largest(s.keys, valid, k, s.work, s.flags);
     int64_t* out = a.query_index + b * a.num_queries;
     int64_t* const end = out + a.num_queries;
     for (int64_t i = 0; i < valid; ++i)
-      if (s.flags[i]) *out++ = s.index[i];
+      if (s.flags[i]) *out++ = tokens.index == nullptr ? i : tokens.index[i];
     while (out < end) *out++ = -1;
   }
 }

@@ -97,13 +97,32 @@ inline Threshold kth_largest(const int32_t* keys, int64_t count, int64_t k, int3
   return {in_doubt.low, from_low - above, k - above};
 }
 
-// flags[i] = 1 for the k largest keys, ties to the lowest index, else 0.
-inline void flag_largest(const int32_t* keys, int64_t count, int64_t k, int32_t* work,
-                         uint8_t* flags) {
+constexpr int64_t kRankedRow = 48;  // up to here comparing all pairs is faster than bisection
+
+// The same as flag_largest, by counting for each key how many stand before it. `keys` and `flags`
+// have room for kLanes more.
+inline void flag_by_rank(int32_t* keys, int64_t count, int64_t k, uint8_t* flags) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vi mine = load<Vi>(keys + i), place = iota() + static_cast<int32_t>(i);
+    Vi rank{};
+    for (int64_t j = 0; j < i; ++j) rank -= splat(keys[j]) >= mine;
+    for (int64_t j = i; j < smaller(i + kLanes, count); ++j)
+      rank -= (splat(keys[j]) > mine) |
+              ((splat(keys[j]) == mine) & (splat(static_cast<int32_t>(j)) < place));
+    for (int64_t j = i + kLanes; j < count; ++j) rank -= splat(keys[j]) > mine;
+    const Vi chosen = rank < splat(static_cast<int32_t>(k));
+    for (int j = 0; j < kLanes; ++j) flags[i + j] = static_cast<uint8_t>(chosen[j] & 1);
+  }
+}
+
+// flags[i] = 1 for the k largest keys, ties to the lowest index, else 0. Arrays have room for
+// kLanes more.
+inline void flag_largest(int32_t* keys, int64_t count, int64_t k, int32_t* work, uint8_t* flags) {
   if (k <= 0 || k >= count) {
     memset(flags, k <= 0 ? 0 : 1, count);
     return;
   }
+  if (count <= kRankedRow) return flag_by_rank(keys, count, k, flags);
   const Threshold t = kth_largest(keys, count, k, work);
   if (t.equal == t.wanted) {
     for (int64_t i = 0; i < count; ++i) flags[i] = keys[i] >= t.key;
@@ -159,21 +178,41 @@ inline void flag_drawn(const float* noise, const int32_t* index, int64_t valid, 
   for (int64_t i = 0; i < eligible; ++i) s.flags[s.rest[i]] = s.more[i];
 }
 
+#if defined(__AVX512F__)
+// Sixteen tokens of the ordered sweep: the ids of each kind go behind those before, in order.
+inline void sweep_16(const uint8_t* flags, int64_t first, uint8_t* mask, int64_t* restore,
+                     int64_t** to, int64_t* place) {
+  const __m128i flag = _mm_loadu_si128(reinterpret_cast<const __m128i*>(flags));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(mask), flag);
+  const unsigned masked = _mm_test_epi8_mask(flag, flag);
+  const __m512i step = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int half = 0; half < 2; ++half) {
+    const __mmask8 is_masked = static_cast<__mmask8>(masked >> (8 * half));
+    const __mmask8 kind[2] = {static_cast<__mmask8>(~is_masked), is_masked};
+    const __m512i token = _mm512_add_epi64(_mm512_set1_epi64(first + 8 * half), step);
+    __m512i where = _mm512_setzero_si512();
+    for (int i = 0; i < 2; ++i) {
+      const int count = __builtin_popcount(kind[i]);
+      const __mmask8 front = static_cast<__mmask8>((1u << count) - 1);
+      _mm512_mask_storeu_epi64(to[i], front, _mm512_maskz_compress_epi64(kind[i], token));
+      const __m512i places = _mm512_add_epi64(_mm512_set1_epi64(place[i]), step);
+      where = _mm512_mask_expand_epi64(where, kind[i], places);
+      to[i] += count;
+      place[i] += count;
+    }
+    _mm512_storeu_si512(restore + 8 * half, where);
+  }
+}
+#endif
+
 // Selects row b from `scores`.
 inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores,
                        const SelectScratch& s) {
   const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.tokens;
   const float* noise = a.noise == nullptr ? nullptr : a.noise + b * a.tokens;
-  int64_t valid = a.tokens;
-  const int32_t* index = nullptr;
-  if (padding != nullptr) {
-    valid = 0;
-    for (int64_t n = 0; n < a.tokens; ++n) {
-      s.index[valid] = static_cast<int32_t>(n);
-      valid += padding[n] == 0;
-    }
-    if (valid < a.tokens) index = s.index;
-  }
+  const ValidTokens tokens(padding, a.tokens, s.index);
+  const int64_t valid = tokens.count;
+  const int32_t* index = tokens.index;
   int64_t k = a.num_masked;
   if (a.mask_ratio >= 0) k = round_half_even(a.mask_ratio * static_cast<double>(valid));
   else if (a.num_masked_rows != nullptr) k = smaller(a.num_masked_rows[b], a.width_masked);
@@ -210,11 +249,16 @@ inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores
   int64_t* masked_begin = a.ids_masked + b * a.width_masked;
   int64_t* to[2] = {visible_begin, masked_begin};
   int64_t place[2] = {0, a.width_visible};  // in cat([visible, masked])
-  if (index != nullptr) {
-    memset(mask, 0, a.tokens);
-    for (int64_t n = 0; n < a.tokens; ++n) restore[n] = -1;
+  for (int64_t n = index == nullptr ? valid : 0; n < a.tokens; ++n) {  // padding
+    mask[n] = 0;
+    restore[n] = -1;
   }
-  for (int64_t i = 0; i < valid; ++i) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if (index == nullptr)
+    for (; i + 16 <= valid; i += 16) sweep_16(s.flags + i, i, mask + i, restore + i, to, place);
+#endif
+  for (; i < valid; ++i) {
     const int64_t n = index == nullptr ? i : index[i];
     const int flag = s.flags[i];
     mask[n] = static_cast<uint8_t>(flag);

@@ -59,6 +59,7 @@ def test_other_dtypes(backend, dtype, layout):
     backend.assert_same_as_oracle(OP, gather_inputs(dtype, trailing=(3, 2)), layout)
 
 
+@pytest.mark.needs("gather_tokens_backward")  # not Triton's interpreter, which takes seconds
 @pytest.mark.parametrize("dtype, width", LARGE)
 def test_large(backend, four_threads, dtype, width):
     # an output of more than 8 MiB may be written past them
@@ -119,7 +120,7 @@ def test_gradcheck(trailing):
     assert torch.autograd.gradgradcheck(*arguments)
 
 
-@pytest.mark.parametrize("batch, tokens", ((5, 700), (1, 20_001)))
+@pytest.mark.parametrize("batch, tokens", ((5, 700), (1, 5001)))
 def test_reproducible(backend, batch, tokens):
     # wide enough for two threads
     inputs = gather_inputs(batch=batch, tokens=tokens, visible=tokens // 2, trailing=(40,))

@@ -75,7 +75,7 @@ def test_large(backend, four_threads, fill, dtype, width):
 
 
 @pytest.mark.needs("restore_tokens_backward")
-@pytest.mark.parametrize("dtype, width", LARGE)
+@pytest.mark.parametrize("dtype, width", LARGE[1:3])
 @pytest.mark.parametrize("fill", FILLS)
 def test_large_backward(backend, four_threads, fill, dtype, width):
     ids = large(dtype, width, fill)["ids_restore"].to(backend.device)

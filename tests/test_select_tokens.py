@@ -20,6 +20,9 @@ from sma_fast.testing import (
     assert_same_selection,
     call,
     chi_square,
+    guarded,
+    make_scores,
+    padding_mask,
     select_inputs,
 )
 
@@ -348,32 +351,28 @@ def test_selection_carries_no_gradient(backend):
     assert not any(x.requires_grad for x in selection)
 
 
-OPCHECK = {  # arguments of the registered op behind scores
-    "ratio": (None, None, 0.3, None, None, None, 0.0, None),
-    "number": (None, None, None, 3, None, None, 0.0, None),
-    "rows": ("padding", None, None, None, "rows", 5, 0.0, None),
-    "random share": ("padding", "noise", 0.3, None, None, None, 0.5, None),
-    "pool": (None, "noise", 0.3, None, None, None, 0.0, 0.5),
+OPCHECK = {  # layout, and the arguments of the registered op behind scores
+    "ratio": ("packed", (None, None, 0.3, None, None, None, 0.0, None)),
+    "number": ("transposed", (None, None, None, 3, None, None, 0.0, None)),
+    "rows": ("transposed", ("padding", None, None, None, "rows", 5, 0.0, None)),
+    "random share": ("transposed", ("padding", "noise", 0.3, None, None, None, 0.5, None)),
+    "pool": ("packed", (None, "noise", 0.3, None, None, None, 0.0, 0.5)),
 }
 
 
 @pytest.mark.one_instruction_set
-@pytest.mark.parametrize("transposed", (False, True))
 @pytest.mark.parametrize("name", OPCHECK)
-def test_opcheck(backend, name, transposed):
-    inputs = backend.inputs(
-        select_inputs(padding="left", rows=[2, 0, 7], random_fraction=0.5) | {"num_masked": 1}
-    )
+def test_opcheck(backend, name):
+    layout, options = OPCHECK[name]
     tensors = {
-        "padding": inputs["key_padding_mask"],
-        "noise": inputs["noise"],
-        "rows": torch.tensor([2, 0, 7], device=backend.device),
+        "scores": make_scores("normal", (3, 12), torch.float32),
+        "padding": padding_mask("left", 3, 12),
+        "noise": torch.rand(3, 12),
+        "rows": torch.tensor([2, 0, 7]),
     }
-    scores = inputs["scores"]
-    if transposed:
-        scores = scores.t().contiguous().t()
-    arguments = [tensors.get(x, x) for x in OPCHECK[name]]
-    torch.library.opcheck(torch.ops.sma_fast.select_tokens.default, (scores, *arguments))
+    tensors, _ = guarded(backend.inputs(tensors), layout)
+    arguments = (tensors.get(x, x) for x in ("scores", *options))
+    torch.library.opcheck(torch.ops.sma_fast.select_tokens.default, tuple(arguments))
 
 
 COMPILED = {

@@ -318,7 +318,7 @@ REPRODUCIBLE = {
 
 
 @pytest.mark.parametrize("name", REPRODUCIBLE)
-@pytest.mark.parametrize("batch", (1, 5, 16))
+@pytest.mark.parametrize("batch", (1, 5))
 def test_reproducible(backend, batch, name):
     options = {"queries": 20, "tokens": 4500, "selected": 17, "heads": 3} | REPRODUCIBLE[name]
     inputs = backend.inputs(guided_inputs(batch=batch, **options))
@@ -367,20 +367,20 @@ def test_random_heads_are_uniform():
     assert chi_square(counts, 3000) < 20.5  # 5 degrees of freedom, p = .001
 
 
-OPCHECK = {
-    "plain": {},
-    "many tokens": {"many": True, "padding": "left"},
-    "random share": {"random_fraction": 0.5, "by_head": True},
-    "masked queries": {"queries": 12, "mask_queries": True, "query_batch": 1},
+OPCHECK = {  # layout and options
+    "plain": ("packed", {}),
+    "many tokens": ("transposed", {"many": True, "padding": "left"}),
+    "random share": ("packed", {"random_fraction": 0.5, "by_head": True}),
+    "masked queries": ("transposed", {"queries": 12, "mask_queries": True, "query_batch": 1}),
 }
 
 
 @pytest.mark.one_instruction_set
 @pytest.mark.needs("gather_tokens_backward")
-@pytest.mark.parametrize("layout", ("packed", "transposed"))
 @pytest.mark.parametrize("name", OPCHECK)
-def test_opcheck(backend, name, layout):
-    inputs = guided_inputs(selected=3, **OPCHECK[name])
+def test_opcheck(backend, name):
+    layout, options = OPCHECK[name]
+    inputs = guided_inputs(selected=3, **options)
     inputs["noise"] = torch.rand(2, 12)
     inputs, _ = guarded(backend.inputs(inputs), layout)
     optional = [inputs.get(k) for k in ("query_index", "head_index", "key_padding_mask", "noise")]

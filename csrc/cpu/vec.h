@@ -303,6 +303,28 @@ class Scratch {
   T* data_;
 };
 
+// The tokens of a row that are not padding: their number, and their indices in `room` unless they
+// are simply the first ones (index null), as in a row without padding or padded on the right.
+struct ValidTokens {
+  int64_t count;
+  const int32_t* index = nullptr;
+
+  ValidTokens(const uint8_t* padding, int64_t tokens, int32_t* room) : count(tokens) {
+    if (padding == nullptr) return;
+    int64_t padded = 0, early = 0;
+    for (int64_t n = 0; n < tokens; ++n) padded += padding[n];
+    count = tokens - padded;
+    for (int64_t n = 0; n < count; ++n) early += padding[n];
+    if (early == 0) return;
+    int64_t kept = 0;
+    for (int64_t n = 0; n < tokens; ++n) {
+      room[kept] = static_cast<int32_t>(n);
+      kept += padding[n] == 0;
+    }
+    index = room;
+  }
+};
+
 // The threads that work on one thing together: a sample each (size 1), or all on one sample.
 struct Team {
   int id, size;
