@@ -12,12 +12,12 @@ demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
 
 test: .venv/installed
-	TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers $(BIN)/pytest
+	TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers,build $(BIN)/pytest
 
 bench: .venv/installed
 	mkdir -p $(dir $(RESULT))
-	$(BIN)/pytest bench --benchmark-json=$(RESULT)
-	$(BIN)/python -m bench.report $(RESULT)
+	$(BIN)/pytest bench --quiet --benchmark-quiet --benchmark-json=$(RESULT)
+	$(BIN)/python -m bench.report --save $(RESULT)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -33,8 +33,8 @@ gpu:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	    timm==1.0.31 lightly==1.6.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+	    timm lightly
 	touch $@
 
 clean:

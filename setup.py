@@ -25,10 +25,10 @@ X86_FLAGS = {
 
 
 def find_compiler():
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name.split()[0]):
-            return name
-    return None
+    wish = os.environ.get("CXX")
+    if wish and not shutil.which(wish.split()[0]):
+        raise SystemExit(f"CXX={wish!r}: not found. Name a C++ compiler, or unset CXX")
+    return wish or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 
 
 def find_nvcc():
@@ -47,8 +47,8 @@ def cuda_archs(nvcc):
     if os.environ.get("SMA_FAST_CUDA_ARCHS"):
         return os.environ["SMA_FAST_CUDA_ARCHS"].replace(",", ";").split(";")
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    newest = max(int(code.removeprefix("sm_")) for code in listed.stdout.split())
-    return ["80", "90a", str(newest)]
+    known = sorted({int(code.removeprefix("sm_").rstrip("af")) for code in listed.stdout.split()})
+    return ["80"] + ["90a"] * (90 in known) + [str(known[-1])]
 
 
 def ninja_path():
@@ -67,6 +67,8 @@ class NinjaBuild(build_ext):
         compiler = find_compiler()
         if os.environ.get("SMA_FAST_NATIVE") == "0":
             reason = "switched off by SMA_FAST_NATIVE=0 when sma_fast was installed"
+        elif compiler is None and os.environ.get("SMA_FAST_CUDA") == "1":
+            raise SystemExit("SMA_FAST_CUDA=1, but there is no C++ compiler: set CXX or PATH")
         elif compiler is None:
             reason = "no C++ compiler was found when sma_fast was installed"
         else:
@@ -74,6 +76,7 @@ class NinjaBuild(build_ext):
             self.build(module, compiler, find_nvcc())
         if reason:
             print(f"sma_fast: native module not built: {reason}", file=sys.stderr)
+            module.unlink(missing_ok=True)  # of an earlier build
             self.extensions = []
         (module.parent / "_build.json").write_text(json.dumps({"not_built": reason}) + "\n")
 
@@ -94,21 +97,22 @@ class NinjaBuild(build_ext):
             gencode += f" -gencode arch=compute_{oldest},code=compute_{oldest}"
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         python = " ".join(f'-I"{path}"' for path in includes)
+        host = compiler.split()[-1]  # nvcc wants a program, not "ccache g++"
         if nvcc:
-            link = f"{nvcc} -ccbin '{compiler}' -shared -cudart static {gencode}"
+            link = f"'{nvcc}' -ccbin '{host}' -shared -cudart static {gencode}"
             link += " -Xcompiler -fopenmp $in -o $out"
         elif sys.platform == "darwin":
             link = f"{compiler} -bundle -undefined dynamic_lookup $in -o $out"
         else:
             link = f"{compiler} -shared {openmp} $in -o $out"
         lines = [
-            f"cxx = {compiler} -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {openmp}",
+            f"cxx = {compiler} -std=c++17 -O3 -fPIC -fvisibility=hidden {openmp}",
             "rule cxx",
-            f"  command = $cxx {defines} $flags -MMD -MF $out.d -c $in -o $out",
+            f"  command = $cxx -ffp-contract=fast {defines} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule cuda",
-            f"  command = {nvcc} -ccbin '{compiler}' -std=c++17 -O3 -Xcompiler -fPIC {gencode} "
+            f"  command = '{nvcc}' -ccbin '{host}' -std=c++17 -O3 -Xcompiler -fPIC {gencode} "
             "-MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",

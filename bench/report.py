@@ -77,6 +77,7 @@ def save(result: dict) -> pathlib.Path:
         raise ValueError("--save: got a quick run, allowed is a full one")
     machine = re.sub(r"[^a-z0-9]+", "-", result["machine"].lower()).strip("-")
     path = RESULTS / f"{result['date']}-{machine}.json"
+    RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

@@ -1,7 +1,6 @@
 // aggregate_attention: the attention each key receives, from a map that already exists.
 //
-// Logits need two passes over a row: its maximum and sum, in blocks of fixed size, then the weighted
-// exponentials. Plain attention needs the second pass only. Columns are shared among threads.
+// Logits need two passes over a row: its maximum and sum, then the weighted exponentials. Plain attention needs the second pass only. Columns are shared among threads.
 #pragma once
 #include "attention_scores.h"
 
@@ -16,14 +15,14 @@ inline Vf load_strided(const T* p, int64_t stride, int64_t count) {
   return v;
 }
 
-// Maximum and sum of 2^(logit - maximum) over a row of logits.
+// Maximum and sum of e^(logit - maximum) over a row of logits.
 struct RowSum { float top, total; };
 
 template <class T>
 RowSum row_sum(const T* row, int64_t stride, Range keys) {
   Vf best = splat(-kInfinity);
   for (int64_t n = keys.begin; n < keys.end; n += kLanes) {
-    Vf v = load_strided(row + n * stride, stride, keys.end - n) * kLog2e;
+    Vf v = load_strided(row + n * stride, stride, keys.end - n);
     if (keys.end - n < kLanes)
       v = iota() < splat(static_cast<int32_t>(keys.end - n)) ? v : splat(-kInfinity);
     best = maximum(v, best);
@@ -33,7 +32,7 @@ RowSum row_sum(const T* row, int64_t stride, Range keys) {
   Vf sum = {};
   for (int64_t n = keys.begin; n < keys.end; n += kLanes) {
     Vf e = exp2_nonpositive(
-        load_strided(row + n * stride, stride, keys.end - n) * kLog2e - shift);
+        (load_strided(row + n * stride, stride, keys.end - n) - shift) * kLog2e);
     if (keys.end - n < kLanes)
       e = iota() < splat(static_cast<int32_t>(keys.end - n)) ? e : Vf{};
     sum += e;
@@ -73,7 +72,7 @@ void aggregate_attention_of(const AggregateAttentionArgs& a) {
       const Vf weight = splat(head_weight / sum.total);
       for (int64_t n = keys.begin; n < keys.end; n += kLanes) {
         Vf v = load_strided(row + n * a.strides[3], a.strides[3], keys.end - n);
-        if (a.logits) v = exp2_nonpositive(v * kLog2e - shift);
+        if (a.logits) v = exp2_nonpositive((v - shift) * kLog2e);
         if (keys.end - n >= kLanes) {
           store(out + n, load<Vf>(out + n) + v * weight);
         } else {

@@ -5,7 +5,8 @@
 //      the selected queries in register tiles, exponentiate against the chunk's own maximum;
 //   -  join the chunks' maxima and sums into each row's softmax denominator, in chunk order;
 //   B  add up the rows of the chunk, each with its weight.
-// Keys are read once. What is kept is R x N exponentials of one head, never the (M, N) map.
+// Keys are read once (kRowsAtLeast says when not). What is kept is R x N exponentials of one head,
+// never the (M, N) map.
 // Chunks do not depend on the number of threads, so neither do the bits of the result.
 #pragma once
 #include "cpu/vec.h"
@@ -20,7 +21,10 @@ constexpr int kTileRows = 14;    // 14 x 2 accumulators in 32 registers
 constexpr int kTileRows = 6;     // 6 x 2 accumulators in 16 registers
 #endif
 constexpr int64_t kAheadQueries = 1024;  // rows of queries asked of memory ahead, at most
-constexpr int64_t kRowsBytes = 16 << 20;  // exponentials kept at once where a key head serves many
+// Rows of exponentials kept at once: 64, or more while they fit here. More rows than that, of one
+// head or of several that share its keys, take several passes over the keys.
+constexpr int64_t kRowsAtLeast = 64;
+constexpr int64_t kRowsBytes = 16 << 20;
 
 // How much scratch a sample takes: `shared` by the team that works on it, `own` by each thread.
 struct ScoresPlan {
@@ -29,7 +33,7 @@ struct ScoresPlan {
   explicit ScoresPlan(const AttentionScoresArgs& a) {
     const int64_t tokens = round_up(larger<int64_t>(a.tokens, 1), kLanes);
     const int64_t group = a.head_index == nullptr ? a.heads / a.kv_heads : 1;
-    const int64_t fit = larger(a.selected, kRowsBytes / (tokens * 4));
+    const int64_t fit = larger(kRowsAtLeast, kRowsBytes / (tokens * 4));
     rows = larger<int64_t>(1, smaller(group * a.selected, fit));
     stride = round_up(rows, kLanes);
     chunks = (tokens + kChunk - 1) / kChunk;

@@ -17,8 +17,8 @@ inline void draw_queries(const DrawQueriesArgs& a) {
     const int64_t valid = tokens.count;
     int64_t k = a.num_queries;
     if (a.num_queries_rows != nullptr) k = smaller(a.num_queries_rows[b], k);
-    k = smaller(larger<int64_t>(k, 1), valid);
-    ordered_keys(a.noise + b * a.candidates, tokens.index, valid, -1.0f, s.keys);
+    k = smaller(smaller(larger<int64_t>(k, 1), valid), a.num_queries);
+    ordered_keys(a.noise + b * a.candidates, tokens.index, {0, valid}, -1.0f, s.keys);
     flag_largest(s.keys, valid, k, s.work, s.flags);
     int64_t* out = a.query_index + b * a.num_queries;
     int64_t* const end = out + a.num_queries;

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,8 +35,8 @@ std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> sets = {&kernels_baseline()};
 #ifdef SMA_HAVE_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  // every processor with AVX2 has F16C; older compilers do not know its name here
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2) sets.push_back(&kernels_avx2());
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
@@ -92,6 +93,13 @@ void check_counts(const char* name, const int64_t* counts, int64_t count) {
                             ", allowed is at least 0");
 }
 
+// Ids of tokens are 32-bit integers inside the kernels.
+void check_length(const char* name, int64_t length) {
+  if (length > INT32_MAX - 64)
+    throw py::value_error(std::string(name) + ": got " + std::to_string(length) +
+                          " tokens, allowed is below 2^31 on the native backend");
+}
+
 // heads count only where a query is selected
 void check_heads(const int64_t* query_index, const int64_t* head_index, int64_t count,
                  int64_t heads) {
@@ -120,16 +128,16 @@ void free_output(DLManagedTensor* managed) {
 py::capsule empty_output(const std::vector<int64_t>& shape, int code, int bits) {
   size_t bytes = static_cast<size_t>(bits) / 8;
   for (const int64_t n : shape) bytes *= static_cast<size_t>(n);
-  Output* output = new Output{{}, 0, shape};
+  auto output = std::make_unique<Output>(Output{{}, 0, shape});
   DLTensor& t = output->managed.dl_tensor;
   t.data = take_block(bytes, &output->size);
   t.device = {kDLCPU, 0};
   t.ndim = static_cast<int32_t>(shape.size());
   t.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
   t.shape = output->shape.data();
-  output->managed.manager_ctx = output;
+  output->managed.manager_ctx = output.get();
   output->managed.deleter = free_output;
-  return py::capsule(&output->managed, "dltensor", [](PyObject* capsule) {
+  return py::capsule(&output.release()->managed, "dltensor", [](PyObject* capsule) {
     // a consumer renames the capsule; one nobody took is freed here
     if (!PyCapsule_IsValid(capsule, "dltensor")) return;
     free_output(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
@@ -162,6 +170,7 @@ AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_
   a.reduce = reduce;
   a.scores = at<float>(scores);
   a.threads = threads;
+  check_length("key", tokens);
   if (a.query_index != nullptr)
     check_index("query_index", a.query_index, batch * selected, -1, queries);
   check_heads(a.query_index, a.head_index, batch * selected, heads);
@@ -194,7 +203,10 @@ SelectTokensArgs select_args(Address scores, Address padding, Address noise, int
   a.out_num_visible = at<int32_t>(num_visible_out);
   a.out_num_masked = at<int32_t>(num_masked_out);
   a.threads = threads;
+  check_length("scores", tokens);
   check_counts("num_masked", a.num_masked_rows, batch);
+  if (batch * tokens > 0 && a.noise == nullptr && (random_fraction > 0 || pool_ratio >= 0))
+    throw py::value_error("noise: got None, allowed is a tensor where tokens are drawn");
   return a;
 }
 
@@ -280,6 +292,7 @@ void draw_queries(Address noise, Address padding, Address num_queries_rows, int6
   a.num_queries = num_queries;
   a.query_index = at<int64_t>(query_index);
   a.threads = threads;
+  check_length("noise", candidates);
   check_counts("num_queries", a.num_queries_rows, batch);
   py::gil_scoped_release release;
   kernels()->draw_queries(a);
@@ -306,6 +319,7 @@ void gather_tokens_backward(Address grad, int dtype, int64_t batch, int64_t visi
   a.ids = at<int64_t>(ids);
   a.out = at<void>(out);
   a.threads = threads;
+  check_length("grad", tokens > visible ? tokens : visible);
   check_index("ids", a.ids, batch * visible, -1, tokens);
   py::gil_scoped_release release;
   kernels()->gather_tokens_backward(a);
@@ -352,6 +366,7 @@ void restore_tokens_backward(Address grad, int dtype, int64_t batch, int64_t tok
   a.grad_visible = at<void>(grad_visible);
   a.grad_fill = at<void>(grad_fill);
   a.threads = threads;
+  check_length("grad", tokens > visible_count + fill_count ? tokens : visible_count + fill_count);
   check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
   py::gil_scoped_release release;
   kernels()->restore_tokens_backward(a);
@@ -374,7 +389,11 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
   a.select = select_args(scores, padding, noise, batch, tokens, width_visible, width_masked,
                          mask_ratio, 0, 0, random_fraction, pool_ratio, mask, ids_visible,
                          ids_masked, ids_restore, num_visible_out, num_masked_out, threads);
+  if (reduce == kNone)
+    throw py::value_error("head_reduce: got 'none', allowed is 'mean' or 'sum'");
   if (mask_queries) {
+    if (queries != tokens)
+      throw py::value_error("mask_queries: got True, allowed where queries and keys are as many");
     a.select.drawn = a.attention.query_index;
     a.select.drawn_width = selected;
   }
@@ -397,6 +416,7 @@ void random_masking(const Gather& gather, Address noise, int64_t batch, int64_t 
   a.ids_visible = at<int64_t>(ids_visible);
   a.mask = at<float>(mask);
   a.ids_restore = at<int64_t>(ids_restore);
+  check_length("tokens", tokens);
   py::gil_scoped_release release;
   kernels()->random_masking(a);
 }
@@ -435,11 +455,21 @@ py::dict build_info() {
   return info;
 }
 
+void read_cache_limit() {
+  const char* text = std::getenv("SMA_FAST_CACHE_MB");
+  if (text == nullptr || *text == 0) return;
+  const std::string given = text;
+  if (given.size() > 7 || given.find_first_not_of("0123456789") != std::string::npos)
+    throw py::value_error("SMA_FAST_CACHE_MB: got '" + given + "', allowed is a number of MiB");
+  set_cache_limit(std::stoull(given) << 20);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of sma_fast; called through sma_fast._native.";
   kernels();  // an SMA_FAST_CPU_ISA that cannot run here is an error at import
+  read_cache_limit();
   m.def("build_info", &build_info);
   m.def("cpu_instruction_sets", &cpu_instruction_sets);
   m.def("set_cpu_isa", &set_cpu_isa);

@@ -17,7 +17,7 @@ inline void random_masking(const RandomMaskingArgs& a) {
     const SelectScratch s(scratch.get() + omp_get_thread_num() * size, tokens);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t b = 0; b < a.gather.batch; ++b) {
-      ordered_keys(a.noise + b * tokens, nullptr, tokens, -1.0f, s.keys);
+      ordered_keys(a.noise + b * tokens, nullptr, {0, tokens}, -1.0f, s.keys);
       flag_largest(s.keys, tokens, keep, s.work, s.flags);
       int64_t place[2] = {keep, 0};  // of the next masked and the next visible token
       int64_t* visible = a.ids_visible + b * keep;

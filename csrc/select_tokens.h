@@ -12,11 +12,11 @@ namespace SMA_ISA {
 struct Bounds { int32_t low, high; };
 
 inline Bounds bounds(const int32_t* keys, int64_t count) {  // count > 0
-  int64_t i = 0;
+  const int64_t whole = count / kLanes * kLanes;
   Bounds b = {keys[0], keys[0]};
-  if (count >= kLanes) {
+  if (whole > 0) {
     Vi low = load<Vi>(keys), high = low;
-    for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t i = 0; i < whole; i += kLanes) {
       const Vi k = load<Vi>(keys + i);
       low = k < low ? k : low;
       high = k > high ? k : high;
@@ -26,7 +26,7 @@ inline Bounds bounds(const int32_t* keys, int64_t count) {  // count > 0
       b.high = larger<int32_t>(b.high, high[j]);
     }
   }
-  for (; i < count; ++i) {
+  for (int64_t i = whole; i < count; ++i) {
     b.low = smaller(b.low, keys[i]);
     b.high = larger(b.high, keys[i]);
   }
@@ -47,12 +47,11 @@ inline int64_t count_above(const int32_t* keys, int64_t count, int32_t pivot) {
   return total;
 }
 
-// Keeps the keys in [low, high], in any order; `out` may be `keys`. Returns how many.
-inline int64_t keep_between(const int32_t* keys, int64_t count, int32_t low, int32_t high,
-                            int32_t* out) {
+// Keeps the keys in the range, in any order; `out` may be `keys`. Returns how many.
+inline int64_t keep_between(const int32_t* keys, int64_t count, Bounds range, int32_t* out) {
   int64_t kept = 0, i = 0;
 #if defined(__AVX512F__)
-  const __m512i lo = _mm512_set1_epi32(low), hi = _mm512_set1_epi32(high);
+  const __m512i lo = _mm512_set1_epi32(range.low), hi = _mm512_set1_epi32(range.high);
   for (; i + 16 <= count; i += 16) {
     const __m512i k = _mm512_loadu_si512(keys + i);
     const __mmask16 in = _mm512_cmpge_epi32_mask(k, lo) & _mm512_cmple_epi32_mask(k, hi);
@@ -63,38 +62,66 @@ inline int64_t keep_between(const int32_t* keys, int64_t count, int32_t low, int
   for (; i < count; ++i) {
     const int32_t k = keys[i];
     out[kept] = k;
-    kept += (k >= low) & (k <= high);
+    kept += (k >= range.low) & (k <= range.high);
   }
   return kept;
 }
 
+constexpr int64_t kSample = 4096;
+constexpr int64_t kMargin = 128;  // four standard deviations of a rank in the sample
+
 // The k-th largest key, how many keys equal it, and how many of those belong to the k largest.
 struct Threshold { int32_t key; int64_t equal, wanted; };
 
-// 0 < k <= count. `work` holds count + kLanes keys.
-inline Threshold kth_largest(const int32_t* keys, int64_t count, int64_t k, int32_t* work) {
-  Bounds in_doubt = bounds(keys, count);
-  int64_t above = 0, from_low = count;  // keys above in_doubt.high, keys from in_doubt.low on
-  const int32_t* left = keys;
-  int64_t left_count = count, left_out = 0;  // keys above in_doubt.high that are not in `left`
-  while (in_doubt.low < in_doubt.high) {
+// What bisection still has to look at: the k-th largest lies within `range`, `above` keys lie higher
+// and `from_low` keys lie in it or higher. `keys` holds all of the range and perhaps others, but
+// `left_out` of those above are not in it.
+struct InDoubt {
+  Bounds range;
+  int64_t above, from_low;
+  const int32_t* keys;
+  int64_t count, left_out;
+};
+
+inline Threshold bisect(InDoubt d, int64_t k, int32_t* work) {
+  while (d.range.low < d.range.high) {
     const int32_t middle =
-        static_cast<int32_t>((static_cast<int64_t>(in_doubt.low) + in_doubt.high) >> 1);
-    const int64_t higher = left_out + count_above(left, left_count, middle);
+        static_cast<int32_t>((static_cast<int64_t>(d.range.low) + d.range.high) >> 1);
+    const int64_t higher = d.left_out + count_above(d.keys, d.count, middle);
     if (higher >= k) {
-      in_doubt.low = middle + 1;
-      from_low = higher;
+      d.range.low = middle + 1;
+      d.from_low = higher;
     } else {
-      in_doubt.high = middle;
-      above = higher;
+      d.range.high = middle;
+      d.above = higher;
     }
-    if (2 * (from_low - above) <= left_count) {
-      left_count = keep_between(left, left_count, in_doubt.low, in_doubt.high, work);
-      left = work;
-      left_out = above;
+    if (2 * (d.from_low - d.above) <= d.count) {
+      d.count = keep_between(d.keys, d.count, d.range, work);
+      d.keys = work;
+      d.left_out = d.above;
     }
   }
-  return {in_doubt.low, from_low - above, k - above};
+  return {d.range.low, d.from_low - d.above, k - d.above};
+}
+
+inline Threshold kth_of_all(const int32_t* keys, int64_t count, int64_t k, int32_t* work) {
+  return bisect({bounds(keys, count), 0, count, keys, count, 0}, k, work);
+}
+
+// 0 < k <= count. `work` holds count + kLanes keys. In a long row, every so many keys tell where
+// the k-th lies, almost always: then a pass keeps only what is near it.
+inline Threshold kth_largest(const int32_t* keys, int64_t count, int64_t k, int32_t* work) {
+  if (count < 4 * kSample) return kth_of_all(keys, count, k, work);
+  const int64_t step = count / kSample, middle = k / step;
+  for (int64_t i = 0; i < kSample; ++i) work[i] = keys[i * step];
+  int32_t* const more = work + kSample + kLanes;
+  Bounds near = {INT32_MIN, INT32_MAX};
+  if (middle > kMargin) near.high = kth_of_all(work, kSample, middle - kMargin, more).key;
+  if (middle + kMargin <= kSample) near.low = kth_of_all(work, kSample, middle + kMargin, more).key;
+  const int64_t above = count_above(keys, count, near.high);
+  const int64_t kept = keep_between(keys, count, near, work);
+  if (above >= k || k > above + kept) return kth_of_all(keys, count, k, work);
+  return bisect({near, above, above + kept, work, kept, above}, k, work);
 }
 
 constexpr int64_t kRankedRow = 48;  // up to here comparing all pairs is faster than bisection
@@ -136,26 +163,34 @@ inline void flag_largest(int32_t* keys, int64_t count, int64_t k, int32_t* work,
   }
 }
 
-inline void ordered_keys(const float* values, const int32_t* index, int64_t count, float sign,
+inline void ordered_keys(const float* values, const int32_t* index, Range range, float sign,
                          int32_t* keys) {
-  int64_t i = 0;
+  int64_t i = range.begin;
   if (index == nullptr)
-    for (; i + kLanes <= count; i += kLanes)
+    for (; i + kLanes <= range.end; i += kLanes)
       store(keys + i, ordered(load<Vf>(values + i) * sign));
-  for (; i < count; ++i) keys[i] = ordered(values[index == nullptr ? i : index[i]] * sign);
+  for (; i < range.end; ++i) keys[i] = ordered(values[index == nullptr ? i : index[i]] * sign);
 }
 
 inline int64_t round_half_even(double x) { return static_cast<int64_t>(__builtin_rint(x)); }
 
-// Scratch for rows of `tokens`: keys, work, the valid tokens' indices, two rows of flags.
+// A row in work: which tokens count, how many of them are masked.
+struct SelectRow {
+  int64_t valid, masked;
+  const int32_t* index;  // of the valid tokens, or null: the first ones
+};
+
+// Scratch for rows of `tokens`: the row, keys, work, indices, two rows of flags.
 struct SelectScratch {
+  SelectRow* row;
   int32_t *keys, *work, *index, *rest;
   uint8_t *flags, *more;
 
-  static int64_t size(int64_t tokens) { return 5 * (tokens + 2 * kLanes); }
+  static int64_t size(int64_t tokens) { return 16 + 5 * (tokens + 2 * kLanes); }
   SelectScratch(int32_t* base, int64_t tokens) {
     const int64_t step = tokens + 2 * kLanes;
-    keys = base;
+    row = reinterpret_cast<SelectRow*>(base);
+    keys = base + 16;
     work = keys + step;
     index = work + step;
     rest = index + step;
@@ -205,20 +240,26 @@ inline void sweep_16(const uint8_t* flags, int64_t first, uint8_t* mask, int64_t
 }
 #endif
 
-// Selects row b from `scores`.
-inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores,
-                       const SelectScratch& s) {
-  const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.tokens;
-  const float* noise = a.noise == nullptr ? nullptr : a.noise + b * a.tokens;
-  const ValidTokens tokens(padding, a.tokens, s.index);
-  const int64_t valid = tokens.count;
-  const int32_t* index = tokens.index;
+inline void prepare_row(const SelectTokensArgs& a, int64_t b, const SelectScratch& s) {
+  const ValidTokens tokens(a.padding == nullptr ? nullptr : a.padding + b * a.tokens, a.tokens,
+                           s.index);
   int64_t k = a.num_masked;
-  if (a.mask_ratio >= 0) k = round_half_even(a.mask_ratio * static_cast<double>(valid));
+  if (a.mask_ratio >= 0)  // a ratio just below 1 could leave a short row more visible than V
+    k = larger(round_half_even(a.mask_ratio * static_cast<double>(tokens.count)),
+               tokens.count - a.width_visible);
   else if (a.num_masked_rows != nullptr) k = smaller(a.num_masked_rows[b], a.width_masked);
-  k = smaller(k, valid);
+  *s.row = {tokens.count, smaller(k, tokens.count), tokens.index};
+  for (int64_t n = tokens.index == nullptr ? tokens.count : 0; n < a.tokens; ++n) {  // padding
+    a.mask[b * a.tokens + n] = 0;
+    a.ids_restore[b * a.tokens + n] = -1;
+  }
+}
 
-  ordered_keys(scores, index, valid, 1.0f, s.keys);
+// Sets the row's flags from its keys.
+inline void choose_row(const SelectTokensArgs& a, int64_t b, const SelectScratch& s) {
+  const float* noise = a.noise == nullptr ? nullptr : a.noise + b * a.tokens;
+  const int64_t valid = s.row->valid, k = s.row->masked;
+  const int32_t* index = s.row->index;
   if (a.drawn != nullptr) {
     // masked before all others: their keys become that of +inf
     uint8_t* first = s.flags;  // over all tokens
@@ -231,8 +272,7 @@ inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores
       if (first[index == nullptr ? i : index[i]]) s.keys[i] = top;
   }
   if (a.pool_ratio >= 0) {
-    const int64_t pool =
-        larger(k, round_half_even(a.pool_ratio * static_cast<double>(valid)));
+    const int64_t pool = larger(k, round_half_even(a.pool_ratio * static_cast<double>(valid)));
     flag_largest(s.keys, valid, pool, s.work, s.flags);
     flag_drawn(noise, index, valid, 1, k, s);
   } else if (a.random_fraction > 0) {
@@ -242,43 +282,73 @@ inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores
   } else {
     flag_largest(s.keys, valid, k, s.work, s.flags);
   }
+}
 
+// The ordered sweep: writes mask and ids of the valid tokens in `range`.
+inline void sweep_row(const SelectTokensArgs& a, int64_t b, const SelectScratch& s, Range range) {
+  const int32_t* index = s.row->index;
   uint8_t* mask = a.mask + b * a.tokens;
   int64_t* restore = a.ids_restore + b * a.tokens;
-  int64_t* visible_begin = a.ids_visible + b * a.width_visible;
-  int64_t* masked_begin = a.ids_masked + b * a.width_masked;
-  int64_t* to[2] = {visible_begin, masked_begin};
-  int64_t place[2] = {0, a.width_visible};  // in cat([visible, masked])
-  for (int64_t n = index == nullptr ? valid : 0; n < a.tokens; ++n) {  // padding
-    mask[n] = 0;
-    restore[n] = -1;
-  }
-  int64_t i = 0;
+  int64_t* const visible_begin = a.ids_visible + b * a.width_visible;
+  int64_t* const masked_begin = a.ids_masked + b * a.width_masked;
+  int64_t before = 0;  // masked tokens in front of the range
+  for (int64_t i = 0; i < range.begin; ++i) before += s.flags[i];
+  int64_t* to[2] = {visible_begin + (range.begin - before), masked_begin + before};
+  int64_t place[2] = {range.begin - before, a.width_visible + before};  // in cat([visible, masked])
+  int64_t i = range.begin;
 #if defined(__AVX512F__)
   if (index == nullptr)
-    for (; i + 16 <= valid; i += 16) sweep_16(s.flags + i, i, mask + i, restore + i, to, place);
+    for (; i + 16 <= range.end; i += 16) sweep_16(s.flags + i, i, mask + i, restore + i, to, place);
 #endif
-  for (; i < valid; ++i) {
+  for (; i < range.end; ++i) {
     const int64_t n = index == nullptr ? i : index[i];
     const int flag = s.flags[i];
     mask[n] = static_cast<uint8_t>(flag);
     restore[n] = place[flag]++;
     *to[flag]++ = n;
   }
+  if (range.end < s.row->valid) return;
   a.out_num_visible[b] = static_cast<int32_t>(to[0] - visible_begin);
   a.out_num_masked[b] = static_cast<int32_t>(to[1] - masked_begin);
   for (; to[0] < visible_begin + a.width_visible; ++to[0]) *to[0] = -1;
   for (; to[1] < masked_begin + a.width_masked; ++to[1]) *to[1] = -1;
 }
 
+// Selects row b from `scores`. Every thread of the team calls it, with the same scratch.
+inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores,
+                       const SelectScratch& s, const Team& team) {
+  if (team.id == 0) prepare_row(a, b, s);
+  team.wait();
+  const Range mine = share(s.row->valid, team);
+  ordered_keys(scores, s.row->index, mine, 1.0f, s.keys);
+  team.wait();
+  if (team.id == 0) choose_row(a, b, s);
+  team.wait();
+  if (mine.begin < mine.end || team.id == team.size - 1) sweep_row(a, b, s, mine);
+  team.wait();
+}
+
+constexpr int64_t kSharedRow = 65536;  // rows from here on are worth sharing among threads
+
 inline void select_tokens(const SelectTokensArgs& a) {
   const int threads = threads_for(a.batch * a.tokens * 4, a.threads);
+  const bool together = threads > 1 && a.batch < threads && a.tokens >= kSharedRow;
   const int64_t size = round_up(SelectScratch::size(a.tokens), 16);
-  const Scratch<int32_t> scratch(size * threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
-  for (int64_t b = 0; b < a.batch; ++b)
-    select_row(a, b, a.scores + b * a.tokens,
-               SelectScratch(scratch.get() + omp_get_thread_num() * size, a.tokens));
+  const Scratch<int32_t> scratch(size * (together ? 1 : threads));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int id = omp_get_thread_num();
+    if (together) {
+      const SelectScratch s(scratch.get(), a.tokens);
+      for (int64_t b = 0; b < a.batch; ++b)
+        select_row(a, b, a.scores + b * a.tokens, s, {id, omp_get_num_threads()});
+    } else {
+      const SelectScratch s(scratch.get() + id * size, a.tokens);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t b = 0; b < a.batch; ++b)
+        select_row(a, b, a.scores + b * a.tokens, s, {0, 1});
+    }
+  }
 }
 
 }  // namespace SMA_ISA

@@ -64,17 +64,18 @@ def launch(tokens: Tensor, ids: Tensor) -> Tensor:
     block_rows = max(1, 2048 // block_width)
     rows = batch * visible
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
-    gather_tokens_kernel[grid](
-        flat,
-        ids.contiguous(),
-        as_words(out),
-        rows,
-        visible,
-        flat.shape[1],
-        width,
-        flat.stride(0),
-        flat.stride(1),
-        BLOCK_ROWS=block_rows,
-        BLOCK_WIDTH=block_width,
-    )
+    with torch.cuda.device_of(tokens):
+        gather_tokens_kernel[grid](
+            flat,
+            ids.contiguous(),
+            as_words(out),
+            rows,
+            visible,
+            flat.shape[1],
+            width,
+            flat.stride(0),
+            flat.stride(1),
+            BLOCK_ROWS=block_rows,
+            BLOCK_WIDTH=block_width,
+        )
     return out

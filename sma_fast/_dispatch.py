@@ -64,7 +64,7 @@ def _triton(op: str, device_type: str) -> Callable:
     return checked
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -> Callable:
     reasons = []
     for backend in (forced,) if forced else _ORDER.get(device_type, ("reference",)):
@@ -84,17 +84,15 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -
     )
 
 
-def _register(op: str, device_type: str, key: str) -> None:
+def _register(op: str) -> None:
     def call(first, *rest):
-        return _choose(op, device_type, first.dtype, _forced)(first, *rest)
+        return _choose(op, first.device.type, first.dtype, _forced)(first, *rest)
 
-    library.impl(op, call, key)
+    library.impl(op, call, "CompositeExplicitAutograd")  # whatever the device
 
 
 for _op in SCHEMAS:
-    _register(_op, "cpu", "CPU")
-    _register(_op, "cuda", "CUDA")
-    library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+    _register(_op)
 
 
 def _check_backend(name: str, source: str) -> str:
@@ -116,8 +114,13 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: for another name.
-        RuntimeError: from an op inside the block that the backend does not have on its device.
+        RuntimeError: inside torch.compile, where it would have no effect; and from an op inside
+            the block that the backend does not have on its device.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "use_backend: got called inside torch.compile, allowed is around the compiled call"
+        )
     global _forced
     before, _forced = _forced, _check_backend(name, "name")
     try:
@@ -142,8 +145,12 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
             for backend in sorted(BACKENDS, key=lambda b: order.index(b) if b in order else 9):
                 try:
                     implementation(backend, op, device)
-                except (Unavailable, RuntimeError) as reason:
+                except Unavailable as reason:
                     states[backend] = str(reason)
+                    continue
+                except RuntimeError as error:  # failed to load: calls raise it, nobody stands in
+                    states[backend] = str(error)
+                    order = ()
                     continue
                 if device == "cuda" and not torch.cuda.is_available():
                     states[backend] = "no CUDA device that torch can use"
@@ -161,12 +168,15 @@ def show_config() -> str:
     from sma_fast import _native
 
     build = _native.build_info()
-    triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "not installed"
     lines = {
         "sma_fast": sma_fast.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton or "not installed",
+        "triton": triton,
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         **build,

@@ -25,6 +25,7 @@ _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (*_SCORES, torch.float64)
 
 _CACHED_FROM = 1 << 20  # bytes
+_MOST_GATHERS = 16  # kMaxTokenTensors in csrc/args.h
 _DLPACK = {  # type code and bits, as DLPack counts them
     torch.float32: (2, 32),
     torch.float64: (2, 64),
@@ -38,7 +39,7 @@ _DLPACK = {  # type code and bits, as DLPack counts them
 calls: collections.Counter = collections.Counter()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _module():
     """Returns the compiled module, or raises why there is none."""
     if importlib.util.find_spec("sma_fast._C") is None:
@@ -49,10 +50,11 @@ def _module():
         )
     try:
         return importlib.import_module("sma_fast._C")
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise RuntimeError(
-            f"the native module of sma_fast is there but failed to load: {error}. Install sma_fast "
-            "again where it runs, or set SMA_FAST_BACKEND=reference to do without it"
+            f"the native module of sma_fast is there but failed to load: {error}. Correct the "
+            "variable if it names one, else install sma_fast again where it runs, or set "
+            "SMA_FAST_BACKEND=reference to do without it"
         ) from error
 
 
@@ -61,7 +63,9 @@ def implementation(backend: str, op: str) -> Callable:
     module = _module()
     if backend == "cuda":
         if not hasattr(module, "cuda_gather_tokens"):
-            raise _dispatch.Unavailable("built without CUDA: no nvcc was found at installation")
+            raise _dispatch.Unavailable(
+                "built without CUDA: at installation there was no nvcc, or SMA_FAST_CUDA=0"
+            )
         if not torch.cuda.is_available():
             raise _dispatch.Unavailable("no CUDA device that torch can use")
         if op not in _CUDA:
@@ -309,9 +313,7 @@ def self_guided_masking(
     scores = _empty((batch, count), torch.float32)
     selection = _selection(batch, count, width_visible, width_masked)
     tokens = [_contiguous_rows(x) for x in tokens]
-    visible = [
-        _empty((batch, width_visible) + x.shape[2:], x.dtype) for x in tokens
-    ]
+    visible = [_empty((batch, width_visible) + x.shape[2:], x.dtype) for x in tokens]
     calls["cpu", "self_guided_masking"] += 1
     _module().self_guided_masking(
         *_attention(query, key, query_index, head_index, key_padding_mask),
@@ -326,9 +328,11 @@ def self_guided_masking(
         random_fraction,
         -1.0 if pool_ratio is None else pool_ratio,
         *[x.data_ptr() for x in selection],
-        [_gather(x, out) for x, out in zip(tokens, visible, strict=True)],
+        [_gather(x, out) for x, out in zip(tokens, visible, strict=True)][:_MOST_GATHERS],
         _threads(),
     )
+    for i in range(_MOST_GATHERS, len(tokens)):
+        visible[i] = gather_tokens(tokens[i], selection[1])
     return (*selection, scores, visible)
 
 
@@ -433,7 +437,8 @@ def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # large outputs come from the module's cache of freed blocks (csrc/cpu/cache.h); in
     # deterministic mode torch.empty fills what it returns, so that reading it shows
-    if math.prod(shape) * dtype.itemsize < _CACHED_FROM or dtype not in _DLPACK:
+    size = math.prod(shape) * dtype.itemsize
+    if not _CACHED_FROM <= size < 1 << 47 or dtype not in _DLPACK:  # torch refuses absurd sizes
         return torch.empty(*shape, dtype=dtype)
     if torch.are_deterministic_algorithms_enabled():
         return torch.empty(shape, dtype=dtype)

@@ -59,9 +59,7 @@ def _fake(function):
 
 
 def _autograd(name, setup, backward):
-    torch.library.register_autograd(
-        f"sma_fast::{name}", backward, setup_context=setup, lib=library
-    )
+    torch.library.register_autograd(f"sma_fast::{name}", backward, setup_context=setup, lib=library)
 
 
 def _no_gradient(name):
@@ -73,9 +71,7 @@ def _no_gradient(name):
 
 
 @_fake
-def attention_scores(
-    query, key, query_index, head_index, key_padding_mask, scale, head_reduce
-):
+def attention_scores(query, key, query_index, head_index, key_padding_mask, scale, head_reduce):
     batch, tokens = key.shape[0], key.shape[2]
     shape = (batch, query.shape[1], tokens) if head_reduce == "none" else (batch, tokens)
     return key.new_empty(shape, dtype=torch.float32)

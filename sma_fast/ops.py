@@ -368,7 +368,8 @@ def self_guided_masking(
         head_index: (B, R) integers in [0, H), one head for each query.
         query_padding_mask: (B, M) bool, True = padding, never drawn. Default for M = N
             self-attention with ``mask_queries``: `key_padding_mask`.
-        mask_queries: self-attention (M = N): mask the drawn tokens before all others.
+        mask_queries: self-attention (M = N): mask the drawn tokens before all others, as if their
+            scores were +inf; a random share may still take others instead.
         head_reduce: "mean", "sum", or "random", which draws `head_index`.
         key_padding_mask: (B, N) bool, True = padding: neither visible nor masked.
         random_fraction: as in `select_tokens`.

@@ -321,9 +321,7 @@ def _selection(
     visible = (valid & ~mask).contiguous()
     at_visible = visible.cumsum(dim=1) - 1
     at_masked = mask.cumsum(dim=1) - 1
-    ids_restore = torch.where(
-        mask, width_visible + at_masked, torch.where(visible, at_visible, -1)
-    )
+    ids_restore = torch.where(mask, width_visible + at_masked, torch.where(visible, at_visible, -1))
     return (
         mask,
         _compact(visible, at_visible, width_visible),

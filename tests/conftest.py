@@ -96,7 +96,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # it visits all of torch's loggers for each test, and prints every step of torch.compile
     config.pluginmanager.set_blocked("logging-plugin")
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
-    allowed = (*_dispatch.BACKENDS, "peers")  # peers: the packages that test_compat compares with
+    # peers: the packages that test_compat compares with; build: test_build, which downloads
+    allowed = (*_dispatch.BACKENDS, "peers", "build")
     if required - set(allowed):
         raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(allowed)}")
     for backend, reason in missing_backends().items():

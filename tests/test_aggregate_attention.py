@@ -242,3 +242,11 @@ def test_head_out_of_range(backend, bad):
     inputs = {"attention": torch.zeros(2, 4, 5, 6), "query_index": INDEX, "head_index": index}
     with pytest.raises(ValueError, match=rf"^head_index: holds {bad}, allowed is 0 to 3"):
         call(OP, backend.inputs(inputs))
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e12, 3e38])
+def test_huge_equal_logits_share_evenly(backend, value):
+    # such as the padding bias of a row that is all padding
+    inputs = backend.inputs({"attention": torch.full((1, 2, 3, 8), value)})
+    scores = sma_fast.aggregate_attention(inputs["attention"], logits=True)
+    torch.testing.assert_close(scores.cpu(), torch.full((1, 8), 3 / 8))

@@ -239,3 +239,21 @@ def test_unknown_instruction_set(isa):
     with pytest.raises(ValueError, match="sse9.*allowed"):
         _native.set_cpu_isa("sse9")
     assert _native.set_cpu_isa(before) == isa
+
+
+@pytest.mark.parametrize("limit", ["abc", "-1", "12GB"])
+def test_cache_limit_is_a_number(limit):
+    code = "import sma_fast, torch; sma_fast.random_masking(torch.ones(1, 4, 2), 0.5)"
+    result = python(code, SMA_FAST_CACHE_MB=limit, SMA_FAST_BACKEND="cpu")
+    assert result.returncode == 1
+    if _native.cpu_instruction_sets():
+        assert f"SMA_FAST_CACHE_MB: got '{limit}'" in result.stderr
+
+
+def test_use_backend_inside_compile_raises():
+    def function(x):
+        with sma_fast.use_backend("reference"):
+            return sma_fast.random_masking(x, 0.5)[0]
+
+    with pytest.raises(Exception, match="use_backend: got called inside torch.compile"):
+        torch.compile(function, backend="eager", fullgraph=True)(torch.ones(1, 4, 2))

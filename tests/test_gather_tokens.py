@@ -247,3 +247,21 @@ def test_unchecked_id_out_of_range_gives_zeros(unchecked_reference, bad):
     assert sma_fast.gather_tokens(tokens, ids).tolist() == [[3.0, 0.0]]
     backward = torch.ops.sma_fast.gather_tokens_backward(torch.tensor([[5.0, 7.0]]), ids, 3)
     assert backward.tolist() == [[0.0, 0.0, 5.0]]
+
+
+def test_size_that_no_memory_holds():
+    ids = torch.full((1, 8), -1)
+    with pytest.raises(RuntimeError):
+        sma_fast.gather_tokens(torch.empty(1, 0, 2**61), ids)
+    assert sma_fast.gather_tokens(torch.ones(1, 1, 2), ids).sum() == 0
+
+
+def test_large_outputs_stay_apart_and_are_given_again():
+    tokens = torch.randn(4, 512, 256)
+    ids = torch.arange(512).expand(4, 512).contiguous()
+    kept = [sma_fast.gather_tokens(tokens, ids) for _ in range(3)]
+    where = {x.data_ptr() for x in kept}
+    assert len(where) == 3
+    assert all(torch.equal(x, tokens) for x in kept)
+    del kept
+    assert sma_fast.gather_tokens(tokens * 2, ids).sum() == (tokens * 2).sum()

@@ -542,3 +542,13 @@ def test_negative_number_of_a_row(backend):
     rows = torch.tensor([1, -3])
     with pytest.raises(ValueError, match="^num_queries: holds -3, allowed is at least 0"):
         call(OP, backend.inputs(arguments(num_queries=rows)))
+
+
+def test_more_tokens_than_one_native_call_takes(backend):
+    tokens = [torch.randn(2, 9, 3) for _ in range(18)]
+    inputs = backend.inputs({"query": torch.randn(1, 1, 4, 8), "key": torch.randn(2, 1, 9, 8)})
+    tokens = [x.to(inputs["key"].device) for x in tokens]
+    out = sma_fast.self_guided_masking(*inputs.values(), *tokens, mask_ratio=0.3, num_queries=2)
+    assert len(out.visible) == 18
+    for x, visible in zip(tokens, out.visible, strict=True):
+        assert torch.equal(visible, sma_fast.gather_tokens(x, out.selection.ids_visible))

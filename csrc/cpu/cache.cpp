@@ -1,5 +1,7 @@
 #include "cache.h"
 
+#include <pthread.h>
+
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -13,7 +15,6 @@ namespace sma {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kDefaultLimitMiB = 512;
 
 struct Block {
   void* memory;
@@ -24,37 +25,38 @@ struct Cache {
   std::mutex lock;
   std::vector<Block> free_blocks;  // oldest first
   size_t kept = 0;
-  size_t limit;
+  size_t limit = size_t{512} << 20;
 
-  Cache() {
-    const char* text = std::getenv("SMA_FAST_CACHE_MB");
-    const size_t mib = text != nullptr && *text != 0
-                           ? static_cast<size_t>(std::strtoull(text, nullptr, 10))
-                           : kDefaultLimitMiB;
-    limit = mib << 20;
-  }
-
-  void shrink_to(size_t bytes) {
-    while (kept > bytes) {
-      std::free(free_blocks.front().memory);
-      kept -= free_blocks.front().size;
-      free_blocks.erase(free_blocks.begin());
-    }
+  // Takes out the oldest blocks until `bytes` are kept; the caller frees them without the lock.
+  std::vector<Block> shrink_to(size_t bytes) {
+    size_t out = 0;
+    for (; kept > bytes; ++out) kept -= free_blocks[out].size;
+    std::vector<Block> gone(free_blocks.begin(), free_blocks.begin() + static_cast<long>(out));
+    free_blocks.erase(free_blocks.begin(), free_blocks.begin() + static_cast<long>(out));
+    return gone;
   }
 };
 
 Cache& cache() {
-  static Cache* one = new Cache;  // never destroyed: tensors may outlive static destructors
+  static Cache* one = [] {  // never destroyed: tensors may outlive static destructors
+    pthread_atfork([] { cache().lock.lock(); }, [] { cache().lock.unlock(); },
+                   [] { cache().lock.unlock(); });
+    return new Cache;
+  }();
   return *one;
+}
+
+void free_all(const std::vector<Block>& blocks) {
+  for (const Block& block : blocks) std::free(block.memory);
 }
 
 }  // namespace
 
 void* take_block(size_t bytes, size_t* size) {
   if (bytes < kCachedFrom) {
-    *size = (bytes + 63) / 64 * 64 + 64;
+    *size = (bytes + 63) / 64 * 64;
     void* memory = nullptr;
-    if (posix_memalign(&memory, 64, *size) != 0) throw std::bad_alloc();
+    if (posix_memalign(&memory, 64, *size + 64) != 0) throw std::bad_alloc();
     return memory;
   }
   Cache& c = cache();
@@ -84,28 +86,30 @@ void* take_block(size_t bytes, size_t* size) {
 }
 
 void give_block(void* block, size_t size) {
-  Cache& c = cache();
-  if (size < kCachedFrom) {
-    std::free(block);
-    return;
+  std::vector<Block> gone = {{block, size}};
+  if (size > kCachedFrom) {
+    Cache& c = cache();
+    const std::lock_guard<std::mutex> hold(c.lock);
+    if (size <= c.limit) {
+      gone = c.shrink_to(c.limit - size);
+      c.free_blocks.push_back({block, size});
+      c.kept += size;
+    }
   }
-  const std::lock_guard<std::mutex> hold(c.lock);
-  if (size > c.limit) {
-    std::free(block);
-    return;
-  }
-  c.shrink_to(c.limit - size);
-  c.free_blocks.push_back({block, size});
-  c.kept += size;
+  free_all(gone);
 }
 
 size_t cache_limit() { return cache().limit; }
 
 void set_cache_limit(size_t bytes) {
   Cache& c = cache();
-  const std::lock_guard<std::mutex> hold(c.lock);
-  c.limit = bytes;
-  c.shrink_to(bytes);
+  std::vector<Block> gone;
+  {
+    const std::lock_guard<std::mutex> hold(c.lock);
+    c.limit = bytes;
+    gone = c.shrink_to(bytes);
+  }
+  free_all(gone);
 }
 
 }  // namespace sma

@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(_OPENMP)
 #include <omp.h>
+#endif
 
 #include "../args.h"
 #include "cache.h"
@@ -30,6 +32,11 @@ constexpr int kLanes = 4;
 typedef float Vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Vi __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Vh __attribute__((vector_size(kLanes * 2)));
+
+#if !defined(_OPENMP)
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+#endif
 
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLog2e = 1.44269504088896340736f;
@@ -101,7 +108,6 @@ inline Vf exp2_nonpositive(Vf x) {
   const Vi power = (as_int(shifted) << 23) + (127 << 23);
   return p * as_float(power);
 }
-inline float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
 
 // Floats as integers that compare the other way round: the larger float has the larger integer.
 // NaN counts as -inf, -0 as +0.
@@ -272,6 +278,7 @@ inline bool aligned_to_line(const void* p) { return reinterpret_cast<uintptr_t>(
 
 // Copies one row, or writes zeros where `from` is null.
 inline void copy_row(void* to, const void* from, int64_t bytes, bool past_caches) {
+  if (bytes == 0) return;
   if (!(past_caches && bytes % 64 == 0 && aligned_to_line(to))) {
     if (from == nullptr) memset(to, 0, bytes);
     else memcpy(to, from, bytes);

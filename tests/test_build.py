@@ -1,0 +1,72 @@
+"""The package builds where torch is not: sdist, wheel from the sdist, and without a compiler.
+
+Runs where SMA_FAST_REQUIRE names `build`, since an isolated build asks the package index for
+setuptools, pybind11 and ninja.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    "build" not in os.environ.get("SMA_FAST_REQUIRE", "").split(","),
+    reason="downloads build requirements: set SMA_FAST_REQUIRE=build",
+)
+
+
+def build(out: Path, source: Path, *options: str, **variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", out, *options, source],
+        env=os.environ | {"SMA_FAST_CUDA": "0"} | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    build(out, ROOT, "--sdist")
+    return next(out.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("a folder with spaces")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out, filter="data")
+    return next(out.iterdir())
+
+
+def test_wheel_from_the_sdist_alone(unpacked, tmp_path):
+    log = build(tmp_path, unpacked, "--wheel")
+    assert "torch" not in log.lower().replace("pytorch", "")  # nothing asked for it
+    names = names_in(next(tmp_path.glob("*.whl")))
+    assert any(name.startswith("sma_fast/_C.") for name in names)
+    assert "sma_fast/kernels/gather_tokens.py" in names
+    assert not any(name.startswith(("kernels/", "csrc/", "tests/", "bench/")) for name in names)
+
+
+def test_without_a_compiler(unpacked, tmp_path):
+    empty = tmp_path / "path"
+    empty.mkdir()
+    log = build(tmp_path, unpacked, "--wheel", PATH=str(empty), CXX="")
+    assert "no C++ compiler was found" in log
+    wheel = next(tmp_path.glob("*.whl"))
+    assert not any(name.startswith("sma_fast/_C.") for name in names_in(wheel))
+    with zipfile.ZipFile(wheel) as archive:
+        assert b"no C++ compiler was found" in archive.read("sma_fast/_build.json")
