@@ -1,4 +1,4 @@
-"""Prints one table of a run: `python -m bench.report [--save] [JSON ...]`.
+"""Prints one table of a run: `python -m bench.report [--save] [--markdown] [JSON ...]`.
 
 Takes the JSON of `pytest bench --benchmark-json=...`, several to be joined (shapes, batch sizes,
 types), or one summary that an earlier run saved; without any, the newest of bench/results. `--save`
@@ -65,6 +65,34 @@ def table(result: dict) -> str:
     met = [line[-1] for line in cells[1:]]
     lines.append(f"targets met: {met.count('yes')} of {len(met) - met.count('')}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(result: dict) -> str:
+    """Returns README's table: the rows that have a target, and what each was to reach."""
+    config = result["config"]
+    rates = [
+        f"{dtype}: copy {rate['copy_rate'] / 1e9:.0f} GB/s, matrix "
+        f"{rate['matrix_rate'] / 1e9:.0f} GFLOP/s"
+        for dtype, rate in result["rates"].items()
+    ]
+    lines = [
+        f"{result['date']}, {result['machine']} ({config.get('CPU instruction set', '')}), torch "
+        f"{config['torch']}; {'; '.join(rates)}; commit {result['commit'][:10]}.",
+        "",
+        "| op | shape | part | time | over floor | peers, times ours | to reach | met |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        targets = targets_of(row)
+        if not targets:
+            continue
+        cells = _cells(row, quick=False)
+        _, _, _, _, _, ours, _, over, peers, _, _ = cells[0]
+        reach = "; ".join(str(t).replace("<=", "≤").replace(">=", "≥") for t in targets)
+        met = "; ".join(line[-1] for line in cells)
+        name = f"`{row['op']}` | {row['shape']} | {row['part']}"
+        lines.append(f"| {name} | {ours} | {over} | {peers} | {reach} | {met} |")
+    return "\n".join(lines)
 
 
 def save(result: dict) -> pathlib.Path:
@@ -137,10 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="JSON")
     parser.add_argument("--save", action="store_true", help="write the summary to bench/results")
+    parser.add_argument("--markdown", action="store_true", help="print README's table instead")
     arguments = parser.parse_args()
     try:
         result = _load(arguments.files)
-        print(table(result))
+        print(markdown(result) if arguments.markdown else table(result))
         if arguments.save:
             print(f"saved as bench/results/{save(result).name}")
     except (OSError, ValueError) as error:

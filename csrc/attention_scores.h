@@ -223,159 +223,207 @@ inline void add_rows(const float* e, int64_t stride, int64_t rows, const float* 
   }
 }
 
-// The scores of sample b. Every thread of the team calls it, with the same `shared` and its `own`.
+// The scores of one sample. Every thread of the team makes one, with the same `shared` and its own
+// `own`, and calls run().
 template <class T>
-void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t b, float* shared,
-                  float* own, const Team& team) {
-  const int64_t group = a.heads / a.kv_heads;
-  const int64_t score_rows = a.reduce == kNone ? a.heads : 1;
-  const int64_t padded = round_up(larger<int64_t>(a.tokens, 1), kLanes);
-  float* e = shared;                                           // [chunk][row][key]
-  float* maxima[2] = {e + plan.rows * padded, nullptr};        // [chunk][row], one for each parity
-  maxima[1] = maxima[0] + plan.chunks * plan.stride;
-  float* totals[2] = {maxima[1] + plan.chunks * plan.stride, nullptr};
-  totals[1] = totals[0] + plan.chunks * plan.stride;
-  float* weights = totals[1] + plan.chunks * plan.stride;      // [chunk][row]
-  float* sums = weights + plan.chunks * plan.stride;           // [score row][valid key]
-  float* packed_keys = own;
-  float* logits = packed_keys + kChunk * a.width;
-  float* packed_queries = logits + kTileRows * kChunk;
-  int32_t* row_index = reinterpret_cast<int32_t*>(packed_queries + plan.rows * a.width);
-  ScoreRows rows = {0, row_index, row_index + plan.rows};
-  int32_t* token_index = row_index + 2 * plan.rows;
-
-  const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.tokens;
-  const ValidTokens tokens(padding, a.tokens, token_index);  // each thread finds the same
-  const int64_t valid = tokens.count;
-  const int32_t* index = tokens.index;
-  const int64_t chunks = (valid + kChunk - 1) / kChunk;
-  const Range mine = share(chunks, team);
-  const Range own_keys = {mine.begin * kChunk, smaller(mine.end * kChunk, valid)};
-  for (int64_t h = 0; h < score_rows; ++h)
-    for (int64_t n = own_keys.begin; n < round_up(own_keys.end, kLanes); ++n)
-      sums[h * padded + n] = 0.0f;
-  const bool past_caches = plan.rows * padded * 4 >= 2 * kStreamBytes;
-  const float head_weight = a.reduce == kMean && a.head_index == nullptr ? 1.0f / a.heads : 1.0f;
-  team.wait();
-
-  // rows of queries lie far apart: those of the next sample are asked of memory now
-  if (a.query_strides[0] != 0 && b + 1 < a.batch && a.heads * a.selected <= kAheadQueries)
-    for (int64_t r = 0; r < a.selected; ++r) {
-      const int64_t row = (b + 1) * a.selected + r;
-      const int64_t query = a.query_index == nullptr ? r : a.query_index[row];
-      const int64_t from = a.head_index == nullptr ? 0 : a.head_index[row];
-      const int64_t to = a.head_index == nullptr ? a.heads : from + 1;
-      for (int64_t h = from; h < to && query >= 0; ++h)
-        for (int64_t d = 0; d < a.width; d += 64 / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(static_cast<const T*>(a.query) + (b + 1) * a.query_strides[0] +
-                             h * a.query_strides[1] + query * a.query_strides[2] + d);
+class SampleScores {
+ public:
+  SampleScores(const AttentionScoresArgs& args, const ScoresPlan& plan, int64_t sample,
+               float* shared, float* own, const Team& team)
+      : a(args),
+        plan(plan),
+        b(sample),
+        team(team),
+        score_rows(args.reduce == kNone ? args.heads : 1),
+        padded(round_up(larger<int64_t>(args.tokens, 1), kLanes)),
+        past_caches(plan.rows * padded * 4 >= 2 * kStreamBytes),
+        exponents(shared),
+        packed_keys(own),
+        logits(packed_keys + kChunk * args.width),
+        packed_queries(logits + kTileRows * kChunk),
+        row_index(reinterpret_cast<int32_t*>(packed_queries + plan.rows * args.width)),
+        rows{0, row_index, row_index + plan.rows},
+        tokens(args.padding == nullptr ? nullptr : args.padding + sample * args.tokens, args.tokens,
+               row_index + 2 * plan.rows),  // each thread finds the same
+        chunks((tokens.count + kChunk - 1) / kChunk),
+        mine(share(chunks, team)),
+        my_keys{mine.begin * kChunk, smaller(mine.end * kChunk, tokens.count)} {
+    float* rest = exponents + plan.rows * padded;
+    float** const arrays[] = {&maxima[0], &maxima[1], &totals[0], &totals[1], &weights};
+    for (float** array : arrays) {
+      *array = rest;
+      rest += plan.chunks * plan.stride;
     }
+    sums = rest;
+  }
 
+  void run() {
+    for (int64_t h = 0; h < score_rows; ++h)
+      for (int64_t n = my_keys.begin; n < round_up(my_keys.end, kLanes); ++n)
+        sums[h * padded + n] = 0.0f;
+    touch_queries(b + 1);
+    team.wait();
+    for (int64_t g = 0; g < a.kv_heads && tokens.count > 0; ++g)
+      for (int64_t next = 0; collect_rows(g, &next);) {
+        stride = round_up(rows.count, kLanes);
+        pack_queries<T>(a, b, rows, packed_queries);
+        for (int64_t c = mine.begin; c < mine.end; ++c) multiply_chunk(g, c);
+        if (past_caches) fence();
+        team.wait();
+        weigh_rows();
+        for (int64_t c = mine.begin; c < mine.end; ++c) add_chunk(c);
+        parity ^= 1;  // other threads may still read this pass's maxima and totals
+      }
+    for (int64_t h = 0; h < score_rows; ++h) write_scores(h);
+    team.wait();
+  }
+
+ private:
+  const AttentionScoresArgs& a;
+  const ScoresPlan& plan;
+  const int64_t b;
+  const Team& team;
+  const int64_t score_rows, padded;
+  const bool past_caches;
+  float* const exponents;               // [chunk][row][key]
+  float *maxima[2], *totals[2];         // [chunk][row], one for each parity
+  float* weights;                       // [chunk][row]
+  float* sums;                          // [score row][valid key]
+  float *packed_keys, *logits, *packed_queries;
+  int32_t* row_index;
+  ScoreRows rows;
+  const ValidTokens tokens;
+  const int64_t chunks;
+  const Range mine, my_keys;            // chunks and valid keys of this thread
+  int64_t stride = 0;                   // of maxima, totals and weights in this pass
   int parity = 0;
-  for (int64_t g = 0; g < a.kv_heads && valid > 0; ++g) {
-    const T* key = static_cast<const T*>(a.key) + b * a.key_strides[0] + g * a.key_strides[1];
-    int64_t next = 0;  // of the group * R candidates of this key head
-    while (next < group * a.selected) {
-      rows.count = 0;
-      for (; next < group * a.selected && rows.count < plan.rows; ++next) {
-        const int64_t head = g * group + next / a.selected, r = next % a.selected;
-        const int64_t query = a.query_index == nullptr ? r : a.query_index[b * a.selected + r];
-        if (query < 0) continue;
-        if (a.head_index != nullptr && a.head_index[b * a.selected + r] != head) continue;
-        rows.head[rows.count] = static_cast<int32_t>(head);
-        rows.query[rows.count++] = static_cast<int32_t>(query);
-      }
-      if (rows.count == 0) continue;
-      const int64_t stride = round_up(rows.count, kLanes);  // of maxima, totals and weights
-      pack_queries<T>(a, b, rows, packed_queries);
 
-      for (int64_t c = mine.begin; c < mine.end; ++c) {
-        const int64_t first = c * kChunk, count = smaller(kChunk, valid - first);
-        const int64_t panels = (count + kLanes - 1) / kLanes;
-        pack_keys(key, a.key_strides[2], a.key_strides[3], a.width, index, first, count,
-                  packed_keys);
-        const int64_t size = static_cast<int64_t>(sizeof(T));
-        Ahead ahead = {reinterpret_cast<const char*>(key), index, a.key_strides[2] * size,
-                       a.width * size, (c + 1) * kChunk, smaller((c + 2) * kChunk, valid), 0};
-        if (c + 1 == mine.end) {  // the first chunk of the next head, or of the next sample
-          const bool same = g + 1 < a.kv_heads;
-          ahead.keys = reinterpret_cast<const char*>(
-              same ? key + a.key_strides[1]
-                   : static_cast<const T*>(a.key) + (b + 1) * a.key_strides[0]);
-          if (!same) ahead.index = nullptr;
-          ahead.row = mine.begin * kChunk;
-          ahead.end = same || b + 1 < a.batch ? smaller(ahead.row + kChunk, valid) : 0;
-        }
-        const int64_t groups = (rows.count + kTileRows - 1) / kTileRows;
-        const int64_t lines = (kLanes * ((a.width * size + 63) / 64) + groups - 1) / groups;
-        for (int64_t begin = 0, i = 0; begin < rows.count; ++i) {
-          const Range range = row_group(rows.count, i);
-          const int64_t group_rows = range.end - range.begin;
-          float* best = maxima[parity] + c * stride + range.begin;
-          logits_any(group_rows, packed_queries + range.begin * a.width, packed_keys, a.width, panels,
-                     logits, panels * kLanes, best, &ahead, lines);
-          for (int64_t r = 0; r < group_rows; ++r)
-            totals[parity][c * stride + range.begin + r] = exponentials(
-                logits + r * panels * kLanes, best[r], count,
-                e + first * plan.rows + (range.begin + r) * panels * kLanes, past_caches);
-          begin = range.end;
-        }
-        for (int64_t r = rows.count; r < stride; ++r)
-          maxima[parity][c * stride + r] = totals[parity][c * stride + r] = 0.0f;
-      }
-      if (past_caches) fence();
-      team.wait();
+  int64_t query_of(int64_t sample, int64_t r) const {
+    return a.query_index == nullptr ? r : a.query_index[sample * a.selected + r];
+  }
 
-      for (int64_t r = 0; r < stride; r += kLanes) {
-        Vf top = splat(-kInfinity), total = {};
-        for (int64_t c = 0; c < chunks; ++c)
-          top = maximum(load<Vf>(maxima[parity] + c * stride + r), top);
-        for (int64_t c = 0; c < chunks; ++c)
-          total += load<Vf>(totals[parity] + c * stride + r) *
-                   exp2_nonpositive(load<Vf>(maxima[parity] + c * stride + r) - top);
-        const Vf factor = splat(head_weight) / total;
-        for (int64_t c = mine.begin; c < mine.end; ++c)
-          store(weights + c * stride + r,
-                exp2_nonpositive(load<Vf>(maxima[parity] + c * stride + r) - top) * factor);
-      }
-      for (int64_t c = mine.begin; c < mine.end; ++c) {
-        const int64_t first = c * kChunk;
-        const int64_t keys = round_up(smaller(kChunk, valid - first), kLanes);
-        for (int64_t r = 0, end; r < rows.count; r = end) {
-          end = rows.count;
-          if (a.reduce == kNone)
-            for (end = r + 1; end < rows.count && rows.head[end] == rows.head[r];) ++end;
-          add_rows(e + first * plan.rows + r * keys, keys, end - r, weights + c * stride + r,
-                   sums + (a.reduce == kNone ? rows.head[r] * padded : 0) + first);
-        }
-      }
-      parity ^= 1;
+  // Rows of queries lie far apart: those of a later sample are asked of memory ahead.
+  void touch_queries(int64_t sample) const {
+    if (a.query_strides[0] == 0 || sample >= a.batch) return;
+    if (a.heads * a.selected > kAheadQueries) return;
+    const T* query = static_cast<const T*>(a.query) + sample * a.query_strides[0];
+    for (int64_t r = 0; r < a.selected; ++r) {
+      const int64_t m = query_of(sample, r);
+      const int64_t from = a.head_index == nullptr ? 0 : a.head_index[sample * a.selected + r];
+      const int64_t to = a.head_index == nullptr ? a.heads : from + 1;
+      for (int64_t h = from; h < to && m >= 0; ++h)
+        for (int64_t d = 0; d < a.width; d += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(query + h * a.query_strides[1] + m * a.query_strides[2] + d);
     }
   }
 
-  for (int64_t h = 0; h < score_rows; ++h) {
+  // The next rows of key head g, from candidate `next` of its heads times R on. False: none left.
+  bool collect_rows(int64_t g, int64_t* next) {
+    const int64_t group = a.heads / a.kv_heads;
+    rows.count = 0;
+    for (; *next < group * a.selected && rows.count < plan.rows; ++*next) {
+      const int64_t head = g * group + *next / a.selected, r = *next % a.selected;
+      const int64_t query = query_of(b, r);
+      if (query < 0) continue;
+      if (a.head_index != nullptr && a.head_index[b * a.selected + r] != head) continue;
+      rows.head[rows.count] = static_cast<int32_t>(head);
+      rows.query[rows.count++] = static_cast<int32_t>(query);
+    }
+    return rows.count > 0;
+  }
+
+  // What follows chunk c: the next one, or the first one of the next head, or of the next sample.
+  Ahead after(int64_t g, int64_t c) const {
+    const int64_t size = static_cast<int64_t>(sizeof(T));
+    const bool same_head = c + 1 < mine.end, same_sample = same_head || g + 1 < a.kv_heads;
+    const int64_t head = same_head ? g : same_sample ? g + 1 : 0;
+    const T* key = static_cast<const T*>(a.key) + (same_sample ? b : b + 1) * a.key_strides[0] +
+                   head * a.key_strides[1];
+    const int64_t first = (same_head ? c + 1 : mine.begin) * kChunk;
+    const bool any = same_sample || b + 1 < a.batch;
+    return {reinterpret_cast<const char*>(key), same_sample ? tokens.index : nullptr,
+            a.key_strides[2] * size,            a.width * size,
+            first,                              any ? smaller(first + kChunk, tokens.count) : 0,
+            0};
+  }
+
+  // A: exponentials of chunk c against its own maxima, with their sums.
+  void multiply_chunk(int64_t g, int64_t c) {
+    const T* key = static_cast<const T*>(a.key) + b * a.key_strides[0] + g * a.key_strides[1];
+    const int64_t first = c * kChunk, count = smaller(kChunk, tokens.count - first);
+    const int64_t keys = round_up(count, kLanes);
+    pack_keys(key, a.key_strides[2], a.key_strides[3], a.width, tokens.index, first, count,
+              packed_keys);
+    Ahead ahead = after(g, c);
+    const int64_t groups = (rows.count + kTileRows - 1) / kTileRows;
+    const int64_t lines = (kLanes * ((ahead.row_bytes + 63) / 64) + groups - 1) / groups;
+    float* best = maxima[parity] + c * stride;
+    float* total = totals[parity] + c * stride;
+    for (int64_t i = 0; i < groups; ++i) {
+      const Range range = row_group(rows.count, i);
+      logits_any(range.end - range.begin, packed_queries + range.begin * a.width, packed_keys,
+                 a.width, keys / kLanes, logits, keys, best + range.begin, &ahead, lines);
+      for (int64_t r = range.begin; r < range.end; ++r)
+        total[r] = exponentials(logits + (r - range.begin) * keys, best[r], count,
+                                exponents + first * plan.rows + r * keys, past_caches);
+    }
+    for (int64_t r = rows.count; r < stride; ++r) best[r] = total[r] = 0.0f;
+  }
+
+  // Joins maxima and sums of all chunks into each row's softmax denominator; then the weight of a
+  // row's exponentials in each chunk of this thread.
+  void weigh_rows() {
+    const bool mean = a.reduce == kMean && a.head_index == nullptr;
+    const Vf head_weight = splat(mean ? 1.0f / static_cast<float>(a.heads) : 1.0f);
+    for (int64_t r = 0; r < stride; r += kLanes) {
+      const float *best = maxima[parity] + r, *total = totals[parity] + r;
+      Vf top = splat(-kInfinity), sum = {};
+      for (int64_t c = 0; c < chunks; ++c) top = maximum(load<Vf>(best + c * stride), top);
+      for (int64_t c = 0; c < chunks; ++c)
+        sum += load<Vf>(total + c * stride) * exp2_nonpositive(load<Vf>(best + c * stride) - top);
+      const Vf factor = head_weight / sum;
+      for (int64_t c = mine.begin; c < mine.end; ++c)
+        store(weights + c * stride + r,
+              exp2_nonpositive(load<Vf>(best + c * stride) - top) * factor);
+    }
+  }
+
+  // B: adds the weighted rows of chunk c up, all of them or head by head.
+  void add_chunk(int64_t c) {
+    const int64_t first = c * kChunk;
+    const int64_t keys = round_up(smaller(kChunk, tokens.count - first), kLanes);
+    for (int64_t r = 0, end; r < rows.count; r = end) {
+      end = rows.count;
+      if (a.reduce == kNone)
+        for (end = r + 1; end < rows.count && rows.head[end] == rows.head[r];) ++end;
+      add_rows(exponents + first * plan.rows + r * keys, keys, end - r, weights + c * stride + r,
+               sums + (a.reduce == kNone ? rows.head[r] * padded : 0) + first);
+    }
+  }
+
+  // Puts the sums of this thread's keys where their tokens stand, zeros where padding stands.
+  void write_scores(int64_t h) const {
     float* out = a.scores + (b * score_rows + h) * a.tokens;
     const float* sum = sums + h * padded;
-    if (index == nullptr) {
-      for (int64_t n = own_keys.begin; n < own_keys.end; ++n) out[n] = sum[n];
-      for (int64_t n = valid; team.id == 0 && n < a.tokens; ++n) out[n] = 0.0f;  // padding
-      continue;
+    if (tokens.index == nullptr) {
+      for (int64_t n = my_keys.begin; n < my_keys.end; ++n) out[n] = sum[n];
+      for (int64_t n = tokens.count; team.id == 0 && n < a.tokens; ++n) out[n] = 0.0f;
+      return;
     }
     // padding behind the thread's own keys, up to those of the next thread, is its own too
-    if (mine.begin == mine.end) continue;
-    const int64_t begin = own_keys.begin == 0 ? 0 : index[own_keys.begin];
-    const int64_t end = own_keys.end == valid ? a.tokens : index[own_keys.end];
+    if (mine.begin == mine.end) return;
+    const int64_t begin = my_keys.begin == 0 ? 0 : tokens.index[my_keys.begin];
+    const int64_t end = my_keys.end == tokens.count ? a.tokens : tokens.index[my_keys.end];
     for (int64_t n = begin; n < end; ++n) out[n] = 0.0f;
-    for (int64_t n = own_keys.begin; n < own_keys.end; ++n) out[index[n]] = sum[n];
+    for (int64_t n = my_keys.begin; n < my_keys.end; ++n) out[tokens.index[n]] = sum[n];
   }
-  team.wait();
-}
+};
 
-inline void score_sample_of(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t b,
-                            float* shared, float* own, const Team& team) {
-  if (a.dtype == kFloat32) score_sample<float>(a, plan, b, shared, own, team);
-  else if (a.dtype == kBFloat16) score_sample<BFloat16>(a, plan, b, shared, own, team);
-  else score_sample<Float16>(a, plan, b, shared, own, team);
+inline void score_sample(const AttentionScoresArgs& a, const ScoresPlan& plan, int64_t b,
+                         float* shared, float* own, const Team& team) {
+  if (a.dtype == kFloat32) SampleScores<float>(a, plan, b, shared, own, team).run();
+  else if (a.dtype == kBFloat16) SampleScores<BFloat16>(a, plan, b, shared, own, team).run();
+  else SampleScores<Float16>(a, plan, b, shared, own, team).run();
 }
 
 // Threads take a sample each where there are enough, else all work on one sample together.
@@ -411,7 +459,7 @@ inline void attention_scores(const AttentionScoresArgs& a) {
   if (a.batch == 0 || a.tokens == 0) return;
   const ScoresPlan plan(a);
   for_each_sample(a, plan, [&](int64_t b, float* shared, float* own, const Team& team) {
-    score_sample_of(a, plan, b, shared, own, team);
+    score_sample(a, plan, b, shared, own, team);
   });
 }
 

@@ -65,14 +65,18 @@ struct RowsOfId {
   static int64_t size(int64_t ids, int64_t rows) { return ids + rows; }
   RowsOfId(int32_t* base, int64_t ids) : first(base), next(base + ids) {}
 
-  void build(const int64_t* id_of_row, int64_t rows, int64_t ids) const {
+  // Returns whether no id has two rows.
+  bool build(const int64_t* id_of_row, int64_t rows, int64_t ids) const {
+    bool unique = true;
     for (int64_t i = 0; i < ids; ++i) first[i] = -1;
     for (int64_t r = rows - 1; r >= 0; --r) {
       const int64_t id = id_of_row[r];
       if (id < 0 || id >= ids) continue;
+      unique = unique && first[id] < 0;
       next[r] = first[id];
       first[id] = static_cast<int32_t>(r);
     }
+    return unique;
   }
 };
 

@@ -35,47 +35,27 @@ inline void add_row(const double* row, const double*, int64_t width, double* sum
   for (int64_t c = 0; c < width; ++c) sum[c] += row[c];
 }
 
+// The gradient of one fill for all tokens: sums over blocks of rows, then over blocks in order.
+// Where no visible token stands twice, the same sweep over the gradient copies the visible rows.
 template <class T>
-void restore_tokens_backward_of(const RestoreTokensBackwardArgs& a) {
+void sum_shared_fill(const RestoreTokensBackwardArgs& a, const uint8_t* copies, bool past_caches) {
   using Sum = decltype(to_float(T{}));
-  const int64_t targets = a.visible_count + (a.shared_fill ? 0 : a.fill_count);
-  const int64_t size = RowsOfId::size(targets, a.tokens);
   const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(T));
-  const Scratch<int32_t> scratch(size * a.batch);
-  const bool past_caches = a.batch * targets * row_bytes >= kStreamBytes;
-  for_samples(a.batch, a.batch * (targets + a.tokens), a.threads, [&](int64_t b) {
-    RowsOfId(scratch.get() + b * size, targets)
-        .build(a.ids_restore + b * a.tokens, a.tokens, targets);
-  });
-  for_row_blocks(a.batch, targets, row_bytes, a.threads, [&](int64_t b, Range rows) {
-    const RowsOfId list(scratch.get() + b * size, targets);
-    const T* grad = static_cast<const T*>(a.grad) + b * a.tokens * a.width;
-    T* visible = static_cast<T*>(a.grad_visible) + b * a.visible_count * a.width;
-    T* fill = static_cast<T*>(a.grad_fill) + b * a.fill_count * a.width;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      T* out = i < a.visible_count ? visible + i * a.width : fill + (i - a.visible_count) * a.width;
-      sum_rows(out, grad, a.width, list.first[i], list.next, past_caches);
-    }
-  });
-  if (!a.shared_fill) return;
-
-  // the gradient of one fill for all: sums over blocks of rows first, then over blocks in order
   const int64_t blocks = (a.tokens + kRowBlock - 1) / kRowBlock;
   const Scratch<Sum> partial(a.batch * blocks * a.width);
   for_row_blocks(a.batch, a.tokens, row_bytes, a.threads, [&](int64_t b, Range rows) {
     Sum* sum = partial.get() + (b * blocks + rows.begin / kRowBlock) * a.width;
     for (int64_t c = 0; c < a.width; ++c) sum[c] = 0;
     const T* grad = static_cast<const T*>(a.grad) + b * a.tokens * a.width;
+    T* visible = static_cast<T*>(a.grad_visible) + b * a.visible_count * a.width;
     const int64_t* ids = a.ids_restore + b * a.tokens;
-    const auto next_filled = [&](int64_t n) {
-      while (n < rows.end && (ids[n] < a.visible_count || ids[n] >= a.visible_count + a.fill_count))
-        ++n;
-      return n;
-    };
-    for (int64_t n = next_filled(rows.begin), next; n < rows.end; n = next) {
-      next = next_filled(n + 1);
-      const int64_t coming = next < rows.end ? next : n;
-      add_row(grad + n * a.width, grad + coming * a.width, a.width, sum);
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      const T* row = grad + n * a.width;
+      const int64_t filled = ids[n] - a.visible_count;
+      if (filled >= 0 && filled < a.fill_count)
+        add_row(row, n + 1 < rows.end ? row + a.width : row, a.width, sum);
+      else if (copies[b] && ids[n] >= 0)
+        copy_row(visible + ids[n] * a.width, row, row_bytes, past_caches);
     }
   });
   for (int64_t c = 0; c < a.width; ++c) {
@@ -83,6 +63,33 @@ void restore_tokens_backward_of(const RestoreTokensBackwardArgs& a) {
     for (int64_t i = 0; i < a.batch * blocks; ++i) sum += partial[i * a.width + c];
     from_float(sum, static_cast<T*>(a.grad_fill) + c);
   }
+}
+
+template <class T>
+void restore_tokens_backward_of(const RestoreTokensBackwardArgs& a) {
+  const int64_t targets = a.visible_count + (a.shared_fill ? 0 : a.fill_count);
+  const int64_t size = RowsOfId::size(targets, a.tokens);
+  const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(T));
+  const Scratch<int32_t> scratch(size * a.batch);
+  const Scratch<uint8_t> copies(a.batch);  // samples whose rows the sweep for the fill copies
+  const bool past_caches = a.batch * targets * row_bytes >= kStreamBytes;
+  for_samples(a.batch, a.batch * (targets + a.tokens), a.threads, [&](int64_t b) {
+    const bool unique = RowsOfId(scratch.get() + b * size, targets)
+                            .build(a.ids_restore + b * a.tokens, a.tokens, targets);
+    copies[b] = unique && a.shared_fill;
+  });
+  for_row_blocks(a.batch, targets, row_bytes, a.threads, [&](int64_t b, Range rows) {
+    const RowsOfId list(scratch.get() + b * size, targets);
+    const T* grad = static_cast<const T*>(a.grad) + b * a.tokens * a.width;
+    T* visible = static_cast<T*>(a.grad_visible) + b * a.visible_count * a.width;
+    T* fill = static_cast<T*>(a.grad_fill) + b * a.fill_count * a.width;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      if (copies[b] && list.first[i] >= 0) continue;
+      T* out = i < a.visible_count ? visible + i * a.width : fill + (i - a.visible_count) * a.width;
+      sum_rows(out, grad, a.width, list.first[i], list.next, past_caches);
+    }
+  });
+  if (a.shared_fill) sum_shared_fill<T>(a, copies.get(), past_caches);
 }
 
 inline void restore_tokens_backward(const RestoreTokensBackwardArgs& a) {

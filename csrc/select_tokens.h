@@ -47,14 +47,18 @@ inline int64_t count_above(const int32_t* keys, int64_t count, int32_t pivot) {
   return total;
 }
 
-// Keeps the keys in the range, in any order; `out` may be `keys`. Returns how many.
-inline int64_t keep_between(const int32_t* keys, int64_t count, Bounds range, int32_t* out) {
-  int64_t kept = 0, i = 0;
+// Keeps the keys in the range, in any order; `out` may be `keys`. Returns how many, and adds to
+// `above` how many lie higher.
+inline int64_t keep_between(const int32_t* keys, int64_t count, Bounds range, int32_t* out,
+                            int64_t* above) {
+  int64_t kept = 0, i = 0, higher = 0;
 #if defined(__AVX512F__)
   const __m512i lo = _mm512_set1_epi32(range.low), hi = _mm512_set1_epi32(range.high);
   for (; i + 16 <= count; i += 16) {
     const __m512i k = _mm512_loadu_si512(keys + i);
-    const __mmask16 in = _mm512_cmpge_epi32_mask(k, lo) & _mm512_cmple_epi32_mask(k, hi);
+    const __mmask16 over = _mm512_cmpgt_epi32_mask(k, hi);
+    const __mmask16 in = _mm512_cmpge_epi32_mask(k, lo) & static_cast<__mmask16>(~over);
+    higher += __builtin_popcount(over);
     _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi32(in, k));
     kept += __builtin_popcount(in);
   }
@@ -63,7 +67,9 @@ inline int64_t keep_between(const int32_t* keys, int64_t count, Bounds range, in
     const int32_t k = keys[i];
     out[kept] = k;
     kept += (k >= range.low) & (k <= range.high);
+    higher += k > range.high;
   }
+  *above += higher;
   return kept;
 }
 
@@ -96,7 +102,8 @@ inline Threshold bisect(InDoubt d, int64_t k, int32_t* work) {
       d.above = higher;
     }
     if (2 * (d.from_low - d.above) <= d.count) {
-      d.count = keep_between(d.keys, d.count, d.range, work);
+      int64_t dropped = 0;
+      d.count = keep_between(d.keys, d.count, d.range, work, &dropped);
       d.keys = work;
       d.left_out = d.above;
     }
@@ -118,8 +125,8 @@ inline Threshold kth_largest(const int32_t* keys, int64_t count, int64_t k, int3
   Bounds near = {INT32_MIN, INT32_MAX};
   if (middle > kMargin) near.high = kth_of_all(work, kSample, middle - kMargin, more).key;
   if (middle + kMargin <= kSample) near.low = kth_of_all(work, kSample, middle + kMargin, more).key;
-  const int64_t above = count_above(keys, count, near.high);
-  const int64_t kept = keep_between(keys, count, near, work);
+  int64_t above = 0;
+  const int64_t kept = keep_between(keys, count, near, work, &above);
   if (above >= k || k > above + kept) return kth_of_all(keys, count, k, work);
   return bisect({near, above, above + kept, work, kept, above}, k, work);
 }

@@ -13,7 +13,7 @@ inline void self_guided_masking(const SelfGuidedMaskingArgs& a) {
   const int64_t select_offset = round_up(plan.shared, 16);
   plan.shared = select_offset + SelectScratch::size(a.attention.tokens);
   for_each_sample(a.attention, plan, [&](int64_t b, float* shared, float* own, const Team& team) {
-    score_sample_of(a.attention, plan, b, shared, own, team);
+    score_sample(a.attention, plan, b, shared, own, team);
     const SelectScratch scratch(reinterpret_cast<int32_t*>(shared + select_offset),
                                 a.attention.tokens);
     select_row(a.select, b, a.attention.scores + b * a.attention.tokens, scratch, team);
