@@ -162,8 +162,13 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
     return table
 
 
-def show_config() -> str:
-    """Returns versions, instruction set in use, CUDA architectures built and threads, as text."""
+def show_config() -> None:
+    """Prints versions, instruction set in use, CUDA architectures built and threads."""
+    print(config_text())
+
+
+def config_text() -> str:
+    """Returns what `show_config` prints, a line for each fact."""
     import sma_fast
     from sma_fast import _native
 

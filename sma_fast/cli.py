@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sma_fast
+from sma_fast import _dispatch
 
 _DEMO_NEEDS = ("transformers", "accelerate", "sklearn", "matplotlib")
 
@@ -108,7 +109,7 @@ def _not_writable(folder: Path) -> str | None:
 
 
 def _info() -> str:
-    lines = [sma_fast.show_config(), ""]
+    lines = [_dispatch.config_text(), ""]
     for op, devices in sma_fast.backends().items():
         for device, states in devices.items():
             lines.append(f"{op} on {device}")

@@ -235,6 +235,9 @@ def restore_tokens(visible: Tensor, ids_restore: Tensor, fill: Tensor) -> Tensor
     Position j takes row ``ids_restore[j]`` of ``cat([visible, fill], 1)``; -1 (padding) gives
     zeros. Differentiable, twice. Mixed dtypes are promoted as ``torch.cat`` does.
 
+    Equivalent PyTorch, without padding: ``cat([visible, fill.expand(B, K, C)], 1)`` gathered by
+    ids_restore.
+
     Args:
         visible: (B, V, C), float32, bfloat16, float16 or float64.
         ids_restore: (B, N) int64, as in `TokenSelection`.
@@ -473,7 +476,8 @@ def random_masking(
     """Returns (visible, mask, ids_restore): MAE's random masking, visible tokens in raster order.
 
     Keeps the int(N (1 - mask_ratio)) tokens of lowest noise. ``cat([visible, mask tokens], 1)``
-    gathered by ids_restore restores the order, as in MAE.
+    gathered by ids_restore restores the order, as in MAE. Equivalent PyTorch:
+    ``noise.argsort(1)[:, :keep].sort(1).values``, then ``gather``.
 
     Args:
         tokens: (B, N, ...), any dtype; differentiable.

@@ -325,7 +325,7 @@ def test_missing_extras(
 def test_info(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert sma_fast.show_config() in printed
+    assert _dispatch.config_text() in printed
     for op, devices in sma_fast.backends().items():
         for device, states in devices.items():
             assert f"{op} on {device}" in printed

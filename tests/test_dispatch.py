@@ -165,7 +165,7 @@ def test_native_module_not_built(monkeypatch, record):
     assert sma_fast.backends()["gather_tokens"]["cpu"]["cpu"] == (
         "native module not built: no compiler"
     )
-    assert "no compiler" in sma_fast.show_config()
+    assert "no compiler" in _dispatch.config_text()
     with sma_fast.use_backend("cpu"), pytest.raises(RuntimeError, match="not built: no compiler"):
         call("gather_tokens", INPUTS)
 
@@ -179,13 +179,15 @@ def test_native_module_that_fails_to_load_is_not_passed_over(monkeypatch, record
         call("gather_tokens", INPUTS)
     assert record == []
     assert "undefined symbol" in sma_fast.backends()["gather_tokens"]["cpu"]["cpu"]
-    assert "undefined symbol" in sma_fast.show_config()
+    assert "undefined symbol" in _dispatch.config_text()
     with sma_fast.use_backend("reference"):
         call("gather_tokens", INPUTS)
 
 
-def test_show_config():
-    lines = dict(line.split(": ", 1) for line in sma_fast.show_config().splitlines())
+def test_show_config(capsys):
+    assert sma_fast.show_config() is None
+    assert capsys.readouterr().out == _dispatch.config_text() + "\n"
+    lines = dict(line.split(": ", 1) for line in _dispatch.config_text().splitlines())
     assert lines["sma_fast"] == sma_fast.__version__
     assert lines["torch"] == torch.__version__
     assert lines["threads"] == str(torch.get_num_threads())
@@ -196,12 +198,12 @@ def test_show_config():
         assert lines["CPU instruction sets here"] == ", ".join(_native.cpu_instruction_sets())
         assert "CUDA architectures built" in lines
     with sma_fast.use_backend("reference"):
-        assert "forced backend: reference" in sma_fast.show_config()
+        assert "forced backend: reference" in _dispatch.config_text()
 
 
 CALL = """
 import torch, sma_fast
-print(sma_fast.show_config())
+sma_fast.show_config()
 print(sma_fast.gather_tokens(torch.ones(1, 3), torch.tensor([[2]])).tolist())
 """
 
