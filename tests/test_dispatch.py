@@ -259,3 +259,23 @@ def test_use_backend_inside_compile_raises():
 
     with pytest.raises(Exception, match="use_backend: got called inside torch.compile"):
         torch.compile(function, backend="eager", fullgraph=True)(torch.ones(1, 4, 2))
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "fork") or not _native.cpu_instruction_sets(),
+    reason="needs fork and the native backend: plain PyTorch does hang in a forked child",
+)
+def test_forked_child_computes():
+    # OpenMP's threads do not survive a fork: a child that waited for them would hang
+    code = """
+import os, torch, sma_fast
+tokens, ids = torch.randn(64, 196, 64), torch.arange(100).expand(64, 100).contiguous()
+before = sma_fast.gather_tokens(tokens, ids)
+child = os.fork()
+if child == 0:
+    last = sma_fast.gather_tokens(tokens, ids)[-1, -1]  # comparing all would be torch's threads
+    os._exit(0 if torch.equal(last, tokens[-1, 99]) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    result = python(code, SMA_FAST_BACKEND="cpu")
+    assert result.returncode == 0, result.stderr
