@@ -25,29 +25,40 @@ constexpr int64_t kAheadQueries = 1024;  // rows of queries asked of memory ahea
 // head or of several that share its keys, take several passes over the keys.
 constexpr int64_t kRowsAtLeast = 64;
 constexpr int64_t kRowsBytes = 16 << 20;
+constexpr int64_t kAheadSample = 32 << 10;  // bytes of keys: samples up to here are small
+constexpr int64_t kPassBytes = 32 << 10;  // small heads are taken together up to here
 
 // How much scratch a sample takes: `shared` by the team that works on it, `own` by each thread.
 struct ScoresPlan {
-  int64_t rows, stride, chunks, shared, own;  // stride: rows rounded up to whole vectors
+  int64_t heads;         // key heads taken together
+  int64_t rows, stride;  // of exponentials kept at once, and rounded up to whole vectors
+  int64_t chunks, shared, own;
 
   explicit ScoresPlan(const AttentionScoresArgs& a) {
     const int64_t tokens = round_up(larger<int64_t>(a.tokens, 1), kLanes);
-    const int64_t group = a.head_index == nullptr ? a.heads / a.kv_heads : 1;
     const int64_t fit = larger(kRowsAtLeast, kRowsBytes / (tokens * 4));
-    rows = larger<int64_t>(1, smaller(group * a.selected, fit));
+    const int64_t group = a.heads / a.kv_heads;
+    // rows of a key head: with head_index, as many as it gets of R on average, and R at most
+    const int64_t usual = a.head_index == nullptr ? group * a.selected
+                                                  : (a.selected + a.kv_heads - 1) / a.kv_heads;
+    heads = kPassBytes / larger<int64_t>(usual * tokens * 4, 1);
+    heads = larger<int64_t>(1, smaller(heads, a.kv_heads));
+    const int64_t wanted = a.head_index == nullptr ? heads * usual : a.selected;
+    rows = larger<int64_t>(1, smaller(wanted, fit));
     stride = round_up(rows, kLanes);
     chunks = (tokens + kChunk - 1) / kChunk;
     const int64_t sums = (a.reduce == kNone ? a.heads : 1) * tokens;
     shared = rows * tokens + 5 * chunks * stride + sums;
-    own = kChunk * a.width + kTileRows * kChunk + rows * a.width + 2 * rows + tokens;
+    own = kChunk * a.width + kTileRows * kChunk + rows * a.width + 3 * rows + tokens;
   }
 };
 
-// Selected rows of one key head: which query, and which head's sum they go to.
+// Selected rows of the key heads in work, head by head: which query of which head, and whose keys.
 struct ScoreRows {
   int64_t count;
   int32_t* head;
   int32_t* query;
+  int32_t* key_head;
 };
 
 // Rows of keys that are packed next: touched line by line between register tiles, so that they come
@@ -132,9 +143,13 @@ void logits_any(int64_t rows, const float* queries, const float* keys, int64_t w
 }
 
 // Row groups of nearly equal size, each at most kTileRows.
-inline Range row_group(int64_t rows, int64_t group) {
-  const int64_t groups = (rows + kTileRows - 1) / kTileRows;
-  return {rows * group / groups, rows * (group + 1) / groups};
+inline int64_t row_groups(Range rows) {
+  return (rows.end - rows.begin + kTileRows - 1) / kTileRows;
+}
+inline Range row_group(Range rows, int64_t group) {
+  const Range part = share(rows.end - rows.begin, Team{static_cast<int>(group),
+                                                       static_cast<int>(row_groups(rows))});
+  return {rows.begin + part.begin, rows.begin + part.end};
 }
 
 // keys of one chunk -> panels of kLanes keys, feature by feature: out[panel][d][lane].
@@ -161,21 +176,17 @@ void pack_keys(const T* key, int64_t token_stride, int64_t width_stride, int64_t
   }
 }
 
-// Queries of each row group, feature by feature, times the factor that makes exp2 a softmax.
+// Queries of the rows in `range`, feature by feature, times the factor that makes exp2 a softmax.
 template <class T>
-void pack_queries(const AttentionScoresArgs& a, int64_t b, const ScoreRows& rows, float* out) {
+void pack_queries(const AttentionScoresArgs& a, int64_t b, const ScoreRows& rows, Range range,
+                  float* out) {
   const float factor = a.scale * kLog2e;
   const T* query = static_cast<const T*>(a.query) + b * a.query_strides[0];
-  for (int64_t g = 0, begin = 0; begin < rows.count; ++g) {
-    const Range range = row_group(rows.count, g);
-    const int64_t size = range.end - range.begin;
-    for (int64_t r = range.begin; r < range.end; ++r) {
-      const T* from = query + rows.head[r] * a.query_strides[1] + rows.query[r] * a.query_strides[2];
-      for (int64_t d = 0; d < a.width; ++d)
-        out[range.begin * a.width + d * size + (r - range.begin)] =
-            to_float(from[d * a.query_strides[3]]) * factor;
-    }
-    begin = range.end;
+  const int64_t size = range.end - range.begin;
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    const T* from = query + rows.head[r] * a.query_strides[1] + rows.query[r] * a.query_strides[2];
+    for (int64_t d = 0; d < a.width; ++d)
+      out[d * size + (r - range.begin)] = to_float(from[d * a.query_strides[3]]) * factor;
   }
 }
 
@@ -242,9 +253,9 @@ class SampleScores {
         logits(packed_keys + kChunk * args.width),
         packed_queries(logits + kTileRows * kChunk),
         row_index(reinterpret_cast<int32_t*>(packed_queries + plan.rows * args.width)),
-        rows{0, row_index, row_index + plan.rows},
+        rows{0, row_index, row_index + plan.rows, row_index + 2 * plan.rows},
         tokens(args.padding == nullptr ? nullptr : args.padding + sample * args.tokens, args.tokens,
-               row_index + 2 * plan.rows),  // each thread finds the same
+               row_index + 3 * plan.rows),  // each thread finds the same
         chunks((tokens.count + kChunk - 1) / kChunk),
         mine(share(chunks, team)),
         my_keys{mine.begin * kChunk, smaller(mine.end * kChunk, tokens.count)} {
@@ -263,11 +274,16 @@ class SampleScores {
         sums[h * padded + n] = 0.0f;
     touch_queries(b + 1);
     team.wait();
-    for (int64_t g = 0; g < a.kv_heads && tokens.count > 0; ++g)
+    for (int64_t g = 0; g < a.kv_heads && tokens.count > 0; g += plan.heads)
       for (int64_t next = 0; collect_rows(g, &next);) {
         stride = round_up(rows.count, kLanes);
-        pack_queries<T>(a, b, rows, packed_queries);
-        for (int64_t c = mine.begin; c < mine.end; ++c) multiply_chunk(g, c);
+        for_each_head([&](int64_t, Range range) {
+          for (int64_t i = 0; i < row_groups(range); ++i) {
+            const Range group = row_group(range, i);
+            pack_queries<T>(a, b, rows, group, packed_queries + group.begin * a.width);
+          }
+        });
+        for (int64_t c = mine.begin; c < mine.end; ++c) multiply_chunk(c);
         if (past_caches) fence();
         team.wait();
         weigh_rows();
@@ -317,29 +333,50 @@ class SampleScores {
     }
   }
 
-  // The next rows of key head g, from candidate `next` of its heads times R on. False: none left.
+  // The next rows of plan.heads key heads from g on, from candidate `next` of their heads times R
+  // on. False: none left.
   bool collect_rows(int64_t g, int64_t* next) {
     const int64_t group = a.heads / a.kv_heads;
+    const int64_t candidates = (smaller(g + plan.heads, a.kv_heads) - g) * group * a.selected;
     rows.count = 0;
-    for (; *next < group * a.selected && rows.count < plan.rows; ++*next) {
-      const int64_t head = g * group + *next / a.selected, r = *next % a.selected;
+    if (*next >= candidates) return false;
+    int64_t head = g * group + *next / a.selected, r = *next % a.selected, key_head = head / group;
+    for (; *next < candidates && rows.count < plan.rows; ++*next, ++r) {
+      if (r == a.selected) {
+        r = 0;
+        key_head = ++head / group;
+      }
       const int64_t query = query_of(b, r);
       if (query < 0) continue;
       if (a.head_index != nullptr && a.head_index[b * a.selected + r] != head) continue;
       rows.head[rows.count] = static_cast<int32_t>(head);
+      rows.key_head[rows.count] = static_cast<int32_t>(key_head);
       rows.query[rows.count++] = static_cast<int32_t>(query);
     }
     return rows.count > 0;
   }
 
-  // What follows chunk c: the next one, or the first one of the next head, or of the next sample.
+  // Calls body(g, range) for the rows of each key head g in work.
+  template <class Body>
+  void for_each_head(const Body& body) const {
+    for (int64_t r = 0, end; r < rows.count; r = end) {
+      for (end = r + 1; end < rows.count && rows.key_head[end] == rows.key_head[r];) ++end;
+      body(rows.key_head[r], Range{r, end});
+    }
+  }
+
+  // What to ask of memory while chunk c of head g is multiplied: the next chunk, or the next head's
+  // first one, or the next sample's. Small samples are over before memory answers: they ask for
+  // the same chunk and head of the next sample.
   Ahead after(int64_t g, int64_t c) const {
     const int64_t size = static_cast<int64_t>(sizeof(T));
-    const bool same_head = c + 1 < mine.end, same_sample = same_head || g + 1 < a.kv_heads;
-    const int64_t head = same_head ? g : same_sample ? g + 1 : 0;
+    const bool small = a.kv_heads * tokens.count * a.width * size <= kAheadSample;
+    const bool same_head = !small && c + 1 < mine.end;
+    const bool same_sample = !small && (same_head || g + 1 < a.kv_heads);
+    const int64_t head = same_head || small ? g : same_sample ? g + 1 : 0;
     const T* key = static_cast<const T*>(a.key) + (same_sample ? b : b + 1) * a.key_strides[0] +
                    head * a.key_strides[1];
-    const int64_t first = (same_head ? c + 1 : mine.begin) * kChunk;
+    const int64_t first = (same_head ? c + 1 : small ? c : mine.begin) * kChunk;
     const bool any = same_sample || b + 1 < a.batch;
     return {reinterpret_cast<const char*>(key), same_sample ? tokens.index : nullptr,
             a.key_strides[2] * size,            a.width * size,
@@ -348,25 +385,27 @@ class SampleScores {
   }
 
   // A: exponentials of chunk c against its own maxima, with their sums.
-  void multiply_chunk(int64_t g, int64_t c) {
-    const T* key = static_cast<const T*>(a.key) + b * a.key_strides[0] + g * a.key_strides[1];
+  void multiply_chunk(int64_t c) {
     const int64_t first = c * kChunk, count = smaller(kChunk, tokens.count - first);
     const int64_t keys = round_up(count, kLanes);
-    pack_keys(key, a.key_strides[2], a.key_strides[3], a.width, tokens.index, first, count,
-              packed_keys);
-    Ahead ahead = after(g, c);
-    const int64_t groups = (rows.count + kTileRows - 1) / kTileRows;
-    const int64_t lines = (kLanes * ((ahead.row_bytes + 63) / 64) + groups - 1) / groups;
     float* best = maxima[parity] + c * stride;
     float* total = totals[parity] + c * stride;
-    for (int64_t i = 0; i < groups; ++i) {
-      const Range range = row_group(rows.count, i);
-      logits_any(range.end - range.begin, packed_queries + range.begin * a.width, packed_keys,
-                 a.width, keys / kLanes, logits, keys, best + range.begin, &ahead, lines);
-      for (int64_t r = range.begin; r < range.end; ++r)
-        total[r] = exponentials(logits + (r - range.begin) * keys, best[r], count,
-                                exponents + first * plan.rows + r * keys, past_caches);
-    }
+    for_each_head([&](int64_t g, Range range) {
+      const T* key = static_cast<const T*>(a.key) + b * a.key_strides[0] + g * a.key_strides[1];
+      pack_keys(key, a.key_strides[2], a.key_strides[3], a.width, tokens.index, first, count,
+                packed_keys);
+      Ahead ahead = after(g, c);
+      const int64_t groups = row_groups(range);
+      const int64_t lines = (kLanes * ((ahead.row_bytes + 63) / 64) + groups - 1) / groups;
+      for (int64_t i = 0; i < groups; ++i) {
+        const Range group = row_group(range, i);
+        logits_any(group.end - group.begin, packed_queries + group.begin * a.width, packed_keys,
+                   a.width, keys / kLanes, logits, keys, best + group.begin, &ahead, lines);
+        for (int64_t r = group.begin; r < group.end; ++r)
+          total[r] = exponentials(logits + (r - group.begin) * keys, best[r], count,
+                                  exponents + first * plan.rows + r * keys, past_caches);
+      }
+    });
     for (int64_t r = rows.count; r < stride; ++r) best[r] = total[r] = 0.0f;
   }
 

@@ -3,6 +3,7 @@
 // The k largest of a row are found without sorting: scores become integers in the same order, a
 // bisection over the integers counts how many lie above the middle (kLanes at a time) and keeps
 // only the candidates that are still in doubt. One ordered sweep over the row then writes the ids.
+// Long rows are sampled first and shared among threads.
 #pragma once
 #include "cpu/vec.h"
 
@@ -73,9 +74,6 @@ inline int64_t keep_between(const int32_t* keys, int64_t count, Bounds range, in
   return kept;
 }
 
-constexpr int64_t kSample = 4096;
-constexpr int64_t kMargin = 128;  // four standard deviations of a rank in the sample
-
 // The k-th largest key, how many keys equal it, and how many of those belong to the k largest.
 struct Threshold { int32_t key; int64_t equal, wanted; };
 
@@ -111,24 +109,9 @@ inline Threshold bisect(InDoubt d, int64_t k, int32_t* work) {
   return {d.range.low, d.from_low - d.above, k - d.above};
 }
 
-inline Threshold kth_of_all(const int32_t* keys, int64_t count, int64_t k, int32_t* work) {
-  return bisect({bounds(keys, count), 0, count, keys, count, 0}, k, work);
-}
-
-// 0 < k <= count. `work` holds count + kLanes keys. In a long row, every so many keys tell where
-// the k-th lies, almost always: then a pass keeps only what is near it.
+// 0 < k <= count. `work` holds count + kLanes keys.
 inline Threshold kth_largest(const int32_t* keys, int64_t count, int64_t k, int32_t* work) {
-  if (count < 4 * kSample) return kth_of_all(keys, count, k, work);
-  const int64_t step = count / kSample, middle = k / step;
-  for (int64_t i = 0; i < kSample; ++i) work[i] = keys[i * step];
-  int32_t* const more = work + kSample + kLanes;
-  Bounds near = {INT32_MIN, INT32_MAX};
-  if (middle > kMargin) near.high = kth_of_all(work, kSample, middle - kMargin, more).key;
-  if (middle + kMargin <= kSample) near.low = kth_of_all(work, kSample, middle + kMargin, more).key;
-  int64_t above = 0;
-  const int64_t kept = keep_between(keys, count, near, work, &above);
-  if (above >= k || k > above + kept) return kth_of_all(keys, count, k, work);
-  return bisect({near, above, above + kept, work, kept, above}, k, work);
+  return bisect({bounds(keys, count), 0, count, keys, count, 0}, k, work);
 }
 
 constexpr int64_t kRankedRow = 48;  // up to here comparing all pairs is faster than bisection
@@ -149,6 +132,21 @@ inline void flag_by_rank(int32_t* keys, int64_t count, int64_t k, uint8_t* flags
   }
 }
 
+// flags[i] = 1 for the keys above the threshold and for the first `wanted` that equal it, less which
+// `wanted` is left.
+inline void flag_above(const int32_t* keys, int64_t count, const Threshold& t, int64_t* wanted,
+                       uint8_t* flags) {
+  if (t.equal == t.wanted) {  // no key that equals it is left out
+    for (int64_t i = 0; i < count; ++i) flags[i] = keys[i] >= t.key;
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const bool tie = keys[i] == t.key && *wanted > 0;
+    *wanted -= tie;
+    flags[i] = (keys[i] > t.key) | tie;
+  }
+}
+
 // flags[i] = 1 for the k largest keys, ties to the lowest index, else 0. Arrays have room for
 // kLanes more.
 inline void flag_largest(int32_t* keys, int64_t count, int64_t k, int32_t* work, uint8_t* flags) {
@@ -158,16 +156,8 @@ inline void flag_largest(int32_t* keys, int64_t count, int64_t k, int32_t* work,
   }
   if (count <= kRankedRow) return flag_by_rank(keys, count, k, flags);
   const Threshold t = kth_largest(keys, count, k, work);
-  if (t.equal == t.wanted) {
-    for (int64_t i = 0; i < count; ++i) flags[i] = keys[i] >= t.key;
-    return;
-  }
   int64_t wanted = t.wanted;
-  for (int64_t i = 0; i < count; ++i) {
-    const bool tie = keys[i] == t.key && wanted > 0;
-    wanted -= tie;
-    flags[i] = (keys[i] > t.key) | tie;
-  }
+  flag_above(keys, count, t, &wanted, flags);
 }
 
 inline void ordered_keys(const float* values, const int32_t* index, Range range, float sign,
@@ -181,10 +171,13 @@ inline void ordered_keys(const float* values, const int32_t* index, Range range,
 
 inline int64_t round_half_even(double x) { return static_cast<int64_t>(__builtin_rint(x)); }
 
-// A row in work: which tokens count, how many of them are masked.
+// A row in work: which tokens count, how many of them are masked. Of a long row also between which
+// keys the threshold is looked for, and what it is: key 0 of 0 wanted until it is found.
 struct SelectRow {
   int64_t valid, masked;
   const int32_t* index;  // of the valid tokens, or null: the first ones
+  Bounds near;
+  Threshold threshold;
 };
 
 // Scratch for rows of `tokens`: the row, keys, work, indices, two rows of flags.
@@ -193,6 +186,7 @@ struct SelectScratch {
   int32_t *keys, *work, *index, *rest;
   uint8_t *flags, *more;
 
+  static_assert(sizeof(SelectRow) <= 16 * sizeof(int32_t), "the row must fit before the keys");
   static int64_t size(int64_t tokens) { return 16 + 5 * (tokens + 2 * kLanes); }
   SelectScratch(int32_t* base, int64_t tokens) {
     const int64_t step = tokens + 2 * kLanes;
@@ -255,7 +249,7 @@ inline void prepare_row(const SelectTokensArgs& a, int64_t b, const SelectScratc
     k = larger(round_half_even(a.mask_ratio * static_cast<double>(tokens.count)),
                tokens.count - a.width_visible);
   else if (a.num_masked_rows != nullptr) k = smaller(a.num_masked_rows[b], a.width_masked);
-  *s.row = {tokens.count, smaller(k, tokens.count), tokens.index};
+  *s.row = {tokens.count, smaller(k, tokens.count), tokens.index, {}, {}};
   for (int64_t n = tokens.index == nullptr ? tokens.count : 0; n < a.tokens; ++n) {  // padding
     a.mask[b * a.tokens + n] = 0;
     a.ids_restore[b * a.tokens + n] = -1;
@@ -291,34 +285,165 @@ inline void choose_row(const SelectTokensArgs& a, int64_t b, const SelectScratch
   }
 }
 
-// The ordered sweep: writes mask and ids of the valid tokens in `range`.
-inline void sweep_row(const SelectTokensArgs& a, int64_t b, const SelectScratch& s, Range range) {
-  const int32_t* index = s.row->index;
-  uint8_t* mask = a.mask + b * a.tokens;
-  int64_t* restore = a.ids_restore + b * a.tokens;
-  int64_t* const visible_begin = a.ids_visible + b * a.width_visible;
-  int64_t* const masked_begin = a.ids_masked + b * a.width_masked;
-  int64_t before = 0;  // masked tokens in front of the range
-  for (int64_t i = 0; i < range.begin; ++i) before += s.flags[i];
-  int64_t* to[2] = {visible_begin + (range.begin - before), masked_begin + before};
-  int64_t place[2] = {range.begin - before, a.width_visible + before};  // in cat([visible, masked])
-  int64_t i = range.begin;
+// The ordered sweep: writes mask and ids of tokens in order, of which `first` valid ones and `masked`
+// of those come before.
+class Sweep {
+ public:
+  Sweep(const SelectTokensArgs& a, int64_t b, int64_t first, int64_t masked)
+      : a(a),
+        b(b),
+        to{a.ids_visible + b * a.width_visible + (first - masked),
+           a.ids_masked + b * a.width_masked + masked},
+        place{first - masked, a.width_visible + masked} {}
+
+  // Valid tokens of the range; `flags` begins with the first of them. index: as in SelectRow.
+  void write(const uint8_t* flags, const int32_t* index, Range range) {
+    uint8_t* mask = a.mask + b * a.tokens;
+    int64_t* restore = a.ids_restore + b * a.tokens;
+    int64_t i = range.begin;
 #if defined(__AVX512F__)
-  if (index == nullptr)
-    for (; i + 16 <= range.end; i += 16) sweep_16(s.flags + i, i, mask + i, restore + i, to, place);
+    if (index == nullptr)
+      for (; i + 16 <= range.end; i += 16)
+        sweep_16(flags + (i - range.begin), i, mask + i, restore + i, to, place);
 #endif
-  for (; i < range.end; ++i) {
-    const int64_t n = index == nullptr ? i : index[i];
-    const int flag = s.flags[i];
-    mask[n] = static_cast<uint8_t>(flag);
-    restore[n] = place[flag]++;
-    *to[flag]++ = n;
+    for (; i < range.end; ++i) {
+      const int64_t n = index == nullptr ? i : index[i];
+      const int flag = flags[i - range.begin];
+      mask[n] = static_cast<uint8_t>(flag);
+      restore[n] = place[flag]++;
+      *to[flag]++ = n;
+    }
   }
-  if (range.end < s.row->valid) return;
-  a.out_num_visible[b] = static_cast<int32_t>(to[0] - visible_begin);
-  a.out_num_masked[b] = static_cast<int32_t>(to[1] - masked_begin);
-  for (; to[0] < visible_begin + a.width_visible; ++to[0]) *to[0] = -1;
-  for (; to[1] < masked_begin + a.width_masked; ++to[1]) *to[1] = -1;
+
+  // After the row's last token: its numbers, and -1 behind its ids.
+  void finish() {
+    int64_t* const visible = a.ids_visible + b * a.width_visible;
+    int64_t* const masked = a.ids_masked + b * a.width_masked;
+    a.out_num_visible[b] = static_cast<int32_t>(to[0] - visible);
+    a.out_num_masked[b] = static_cast<int32_t>(to[1] - masked);
+    for (; to[0] < visible + a.width_visible; ++to[0]) *to[0] = -1;
+    for (; to[1] < masked + a.width_masked; ++to[1]) *to[1] = -1;
+  }
+
+ private:
+  const SelectTokensArgs& a;
+  const int64_t b;
+  int64_t* to[2];    // the next visible and the next masked id
+  int64_t place[2];  // their places in cat([visible, masked])
+};
+
+// Long rows. Their threads take a part each, block by block, so that keys stay in L1 and only those
+// near the threshold are written down. Where that is, every so many keys tell, almost always.
+constexpr int64_t kSample = 4096;
+constexpr int64_t kMargin = 128;  // four standard deviations of a rank in the sample
+constexpr int64_t kLongRow = 4 * kSample;
+constexpr int64_t kKeyBlock = 1024;
+
+// What a thread found in its part: keys above `near`, keys in it, keys above and at the threshold.
+struct LongPart { int64_t above, kept, higher, equal; };
+
+inline bool is_long(const SelectTokensArgs& a, const SelectRow& row) {
+  return row.index == nullptr && row.valid >= kLongRow && row.masked > 0 &&
+         row.masked < row.valid && a.drawn == nullptr && a.pool_ratio < 0 && a.random_fraction <= 0;
+}
+
+// Calls body(keys, range) for blocks of the range.
+template <class Body>
+void for_key_blocks(const float* scores, Range range, const Body& body) {
+  int32_t keys[kKeyBlock];
+  for (int64_t begin = range.begin; begin < range.end; begin += kKeyBlock) {
+    const Range block = {begin, smaller(begin + kKeyBlock, range.end)};
+    ordered_keys(scores + begin, nullptr, {0, block.end - begin}, 1.0f, keys);
+    body(keys, block);
+  }
+}
+
+// Keys between which the threshold is, almost always: the first thread finds the upper one, the last
+// thread the lower one.
+inline void guess_bounds(const float* scores, const SelectScratch& s, const Team& team) {
+  const int64_t step = s.row->valid / kSample, middle = s.row->masked / step;
+  const auto sampled = [&](int64_t rank, int32_t* sample) {
+    for (int64_t i = 0; i < kSample; ++i) sample[i] = ordered(scores[i * step]);
+    return kth_largest(sample, kSample, rank, sample + kSample).key;
+  };
+  if (team.id == 0)
+    s.row->near.high = middle > kMargin ? sampled(middle - kMargin, s.keys) : INT32_MAX;
+  if (team.id == team.size - 1)
+    s.row->near.low =
+        middle + kMargin <= kSample ? sampled(middle + kMargin, s.work) : INT32_MIN;
+}
+
+// Finds the threshold among the keys that the threads kept; where it is none of them, all are looked
+// at next.
+inline void join_parts(const LongPart* parts, const SelectScratch& s, const Team& team) {
+  SelectRow* row = s.row;
+  int64_t above = 0, kept = 0;
+  for (int t = 0; t < team.size; ++t) {
+    const Range part = share(row->valid, {t, team.size});
+    memcpy(s.rest + kept, s.keys + 2 * part.begin, parts[t].kept * sizeof(int32_t));
+    above += parts[t].above;
+    kept += parts[t].kept;
+  }
+  if (above < row->masked && row->masked <= above + kept)
+    row->threshold = bisect({row->near, above, above + kept, s.rest, kept, above}, row->masked,
+                            s.rest);
+  else
+    row->near = {INT32_MIN, INT32_MAX};
+}
+
+inline void select_long_row(const SelectTokensArgs& a, int64_t b, const float* scores,
+                            const SelectScratch& s, const Team& team) {
+  SelectRow* row = s.row;
+  const Range mine = share(row->valid, team);
+  int32_t* const kept = s.keys + 2 * mine.begin;  // keys and work lie one behind the other
+  LongPart* const parts = reinterpret_cast<LongPart*>(s.index);  // not needed for indices
+  LongPart part;
+  guess_bounds(scores, s, team);
+  team.wait();
+  for (const Threshold* t = &row->threshold; t->wanted == 0;) {
+    part = {};
+    for_key_blocks(scores, mine, [&](const int32_t* keys, Range block) {
+      part.kept += keep_between(keys, block.end - block.begin, row->near, kept + part.kept,
+                                &part.above);
+    });
+    parts[team.id] = part;
+    team.wait();
+    if (team.id == 0) join_parts(parts, s, team);
+    team.wait();
+  }
+  const Threshold t = row->threshold;
+  part.higher = part.above + count_above(kept, part.kept, t.key);
+  part.equal = part.above + count_above(kept, part.kept, t.key - 1) - part.higher;
+  parts[team.id] = part;
+  team.wait();
+  int64_t masked = 0, equal = 0;
+  for (int other = 0; other < team.id; ++other) {
+    masked += parts[other].higher;
+    equal += parts[other].equal;
+  }
+  int64_t wanted = larger<int64_t>(0, t.wanted - equal);
+  Sweep sweep(a, b, mine.begin, masked + t.wanted - wanted);
+  for_key_blocks(scores, mine, [&](const int32_t* keys, Range block) {
+    uint8_t flags[kKeyBlock];
+    flag_above(keys, block.end - block.begin, t, &wanted, flags);
+    sweep.write(flags, nullptr, block);
+  });
+  if (team.id == team.size - 1) sweep.finish();
+}
+
+inline void select_short_row(const SelectTokensArgs& a, int64_t b, const float* scores,
+                             const SelectScratch& s, const Team& team) {
+  const SelectRow& row = *s.row;
+  const Range mine = share(row.valid, team);
+  ordered_keys(scores, row.index, mine, 1.0f, s.keys);
+  team.wait();
+  if (team.id == 0) choose_row(a, b, s);
+  team.wait();
+  int64_t masked = 0;
+  for (int64_t i = 0; i < mine.begin; ++i) masked += s.flags[i];
+  Sweep sweep(a, b, mine.begin, masked);
+  sweep.write(s.flags + mine.begin, row.index, mine);
+  if (team.id == team.size - 1) sweep.finish();
 }
 
 // Selects row b from `scores`. Every thread of the team calls it, with the same scratch.
@@ -326,12 +451,8 @@ inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores
                        const SelectScratch& s, const Team& team) {
   if (team.id == 0) prepare_row(a, b, s);
   team.wait();
-  const Range mine = share(s.row->valid, team);
-  ordered_keys(scores, s.row->index, mine, 1.0f, s.keys);
-  team.wait();
-  if (team.id == 0) choose_row(a, b, s);
-  team.wait();
-  if (mine.begin < mine.end || team.id == team.size - 1) sweep_row(a, b, s, mine);
+  if (is_long(a, *s.row)) select_long_row(a, b, scores, s, team);
+  else select_short_row(a, b, scores, s, team);
   team.wait();
 }
 

@@ -284,6 +284,30 @@ def test_numbers_of_any_integer_type(backend, dtype):
     assert_same_selection(result, backend.expected(OP, backend.inputs(inputs)))
 
 
+LONG_ROWS = {
+    "drawn": lambda n, g: torch.rand(n, generator=g),
+    "few values": lambda n, g: torch.randint(3, (n,), generator=g).float(),
+    "all equal": lambda n, g: torch.ones(n),
+    "rising": lambda n, g: torch.arange(n).float(),
+    "falling": lambda n, g: -torch.arange(n).float(),
+    # every 16th and 32nd token, which a sample would take, says nothing about the rest
+    "odd ones out": lambda n, g: torch.where(torch.arange(n) % 16 == 0, 1e9, torch.rand(n)),
+    "a high end": lambda n, g: torch.arange(n).div(n - 40, rounding_mode="floor").float(),
+}
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("ratio", (1e-4, 0.15, 0.5, 0.99))
+@pytest.mark.parametrize("name", LONG_ROWS)
+def test_long_rows(backend, name, ratio):
+    # long rows are sampled, and shared among threads where there are fewer rows than threads
+    for batch, tokens in ((1, 65_536), (3, 70_001), (5, 16_384)):
+        generator = torch.Generator().manual_seed(tokens)
+        scores = torch.stack([LONG_ROWS[name](tokens, generator) for _ in range(batch)])
+        inputs = {"scores": scores.to(backend.device), "mask_ratio": ratio}
+        assert_same_selection(call(OP, inputs), backend.expected(OP, inputs))
+
+
 @pytest.mark.parametrize("batch, tokens", ((16, 700), (2, 20_001)))
 @pytest.mark.parametrize("share", ({}, {"random_fraction": 0.5}, {"pool_ratio": 0.6}), ids=str)
 def test_reproducible(backend, batch, tokens, share):
