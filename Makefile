@@ -22,10 +22,12 @@ bench: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-# on a machine with a GPU whose torch, triton and pytest are already there
+# On a machine with a GPU. Already there: torch built for CUDA, triton, nvcc, setuptools 77 or newer,
+# pybind11, ninja, numpy, pytest, hypothesis and expecttest.
 gpu:
-	$(PYTHON) -m pip install --no-build-isolation --no-deps .
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	SMA_FAST_REQUIRE=cpu,triton,cuda $(PYTHON) -m pytest
 
 # torch comes first and alone: a later step that wants a range of it then installs no other build
@@ -38,4 +40,5 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo-out .benchmarks sma_fast.egg-info sma_fast/_C*.so sma_fast/_build.json
+	rm -rf .venv build dist $(DEMO_OUT) .benchmarks .pytest_cache .hypothesis .ruff_cache \
+	    sma_fast.egg-info sma_fast/_C*.so sma_fast/_build.json

@@ -37,6 +37,8 @@ def find_nvcc():
         return None
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if nvcc is None and home:
+        raise SystemExit(f"CUDA_HOME={home!r}: no bin/nvcc there. Correct it, or unset CUDA_HOME")
     if nvcc is None and wish == "1":
         raise SystemExit("SMA_FAST_CUDA=1, but there is no nvcc: set CUDA_HOME or PATH")
     return nvcc

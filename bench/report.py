@@ -92,7 +92,18 @@ def markdown(result: dict) -> str:
         met = "; ".join(line[-1] for line in cells)
         name = f"`{row['op']}` | {row['shape']} | {row['part']}"
         lines.append(f"| {name} | {ours} | {over} | {peers} | {reach} | {met} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _losses(result)])
+
+
+def _losses(result: dict) -> str:
+    # where another way was faster, with or without a target
+    found = [
+        f"`{row['op']}` {row['part']} on {row['shape']} ({name} {peer['ratio']:.2f})"
+        for row in result["rows"]
+        for name, peer in row["peers"].items()
+        if peer.get("ratio", 1) < 1
+    ]
+    return f"Faster than ours, times ours: {', '.join(found) or 'nothing'}."
 
 
 def save(result: dict) -> pathlib.Path:
@@ -118,7 +129,7 @@ def _cells(row: dict, quick: bool) -> list[tuple[str, ...]]:
     else:
         ours, floor = _time(row["ours_s"]), _time(row["floor_s"])
         over = "" if row["over_floor"] is None else f"{row['over_floor']:.2f}"
-        peers = [f"{name} {peer['ratio']:.3g}" for name, peer in row["peers"].items()]
+        peers = [f"{name} {peer['ratio']:.4g}" for name, peer in row["peers"].items()]
     peers += [f"{name}: {why}" for name, why in row["skipped"].items()]
     start = (row["op"], row["part"], row["shape"], row["dtype"], row["backend"], ours, floor, over)
     ends = []

@@ -1,6 +1,7 @@
 // aggregate_attention: the attention each key receives, from a map that already exists.
 //
-// Logits need two passes over a row: its maximum and sum, then the weighted exponentials. Plain attention needs the second pass only. Columns are shared among threads.
+// Logits need two passes over a row: its maximum and sum, then the weighted exponentials. Plain
+// attention needs the second pass only. Columns are shared among threads.
 #pragma once
 #include "attention_scores.h"
 
@@ -16,7 +17,9 @@ inline Vf load_strided(const T* p, int64_t stride, int64_t count) {
 }
 
 // Maximum and sum of e^(logit - maximum) over a row of logits.
-struct RowSum { float top, total; };
+struct RowSum {
+  float top, total;
+};
 
 template <class T>
 RowSum row_sum(const T* row, int64_t stride, Range keys) {
@@ -31,10 +34,9 @@ RowSum row_sum(const T* row, int64_t stride, Range keys) {
   const Vf shift = splat(top > -kInfinity ? top : 0.0f);
   Vf sum = {};
   for (int64_t n = keys.begin; n < keys.end; n += kLanes) {
-    Vf e = exp2_nonpositive(
-        (load_strided(row + n * stride, stride, keys.end - n) - shift) * kLog2e);
-    if (keys.end - n < kLanes)
-      e = iota() < splat(static_cast<int32_t>(keys.end - n)) ? e : Vf{};
+    Vf e =
+        exp2_nonpositive((load_strided(row + n * stride, stride, keys.end - n) - shift) * kLog2e);
+    if (keys.end - n < kLanes) e = iota() < splat(static_cast<int32_t>(keys.end - n)) ? e : Vf{};
     sum += e;
   }
   return {top, reduce_add(sum)};
@@ -65,8 +67,7 @@ void aggregate_attention_of(const AggregateAttentionArgs& a) {
     for (int64_t i = 0; i < candidates; ++i) {
       const T* row = row_of(b, i);
       if (row == nullptr) continue;
-      float* out =
-          a.scores + (b * out_rows + (a.reduce == kNone ? i / a.selected : 0)) * a.tokens;
+      float* out = a.scores + (b * out_rows + (a.reduce == kNone ? i / a.selected : 0)) * a.tokens;
       const RowSum sum = a.logits ? sums[b * candidates + i] : RowSum{0.0f, 1.0f};
       const Vf shift = splat(sum.top > -kInfinity ? sum.top : 0.0f);
       const Vf weight = splat(head_weight / sum.total);

@@ -16,9 +16,9 @@ namespace SMA_ISA {
 
 constexpr int64_t kChunk = 256;  // keys in a chunk: packed, they stay in L2
 #if defined(__AVX512F__)
-constexpr int kTileRows = 14;    // 14 x 2 accumulators in 32 registers
+constexpr int kTileRows = 14;  // 14 x 2 accumulators in 32 registers
 #else
-constexpr int kTileRows = 6;     // 6 x 2 accumulators in 16 registers
+constexpr int kTileRows = 6;  // 6 x 2 accumulators in 16 registers
 #endif
 constexpr int64_t kAheadQueries = 1024;  // rows of queries asked of memory ahead, at most
 // Rows of exponentials kept at once: 64, or more while they fit here. More rows than that, of one
@@ -26,7 +26,7 @@ constexpr int64_t kAheadQueries = 1024;  // rows of queries asked of memory ahea
 constexpr int64_t kRowsAtLeast = 64;
 constexpr int64_t kRowsBytes = 16 << 20;
 constexpr int64_t kAheadSample = 32 << 10;  // bytes of keys: samples up to here are small
-constexpr int64_t kPassBytes = 32 << 10;  // small heads are taken together up to here
+constexpr int64_t kPassBytes = 32 << 10;    // small heads are taken together up to here
 
 // How much scratch a sample takes: `shared` by the team that works on it, `own` by each thread.
 struct ScoresPlan {
@@ -39,8 +39,8 @@ struct ScoresPlan {
     const int64_t fit = larger(kRowsAtLeast, kRowsBytes / (tokens * 4));
     const int64_t group = a.heads / a.kv_heads;
     // rows of a key head: with head_index, as many as it gets of R on average, and R at most
-    const int64_t usual = a.head_index == nullptr ? group * a.selected
-                                                  : (a.selected + a.kv_heads - 1) / a.kv_heads;
+    const int64_t usual =
+        a.head_index == nullptr ? group * a.selected : (a.selected + a.kv_heads - 1) / a.kv_heads;
     heads = kPassBytes / larger<int64_t>(usual * tokens * 4, 1);
     heads = larger<int64_t>(1, smaller(heads, a.kv_heads));
     const int64_t wanted = a.head_index == nullptr ? heads * usual : a.selected;
@@ -88,8 +88,7 @@ inline void logits_tile(const float* queries, const float* keys, int64_t width, 
   for (int64_t d = 0; d < width; ++d) {
     Vf key[kPanels];
 #pragma GCC unroll 8
-    for (int j = 0; j < kPanels; ++j)
-      key[j] = load<Vf>(keys + (j * width + d) * kLanes);
+    for (int j = 0; j < kPanels; ++j) key[j] = load<Vf>(keys + (j * width + d) * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Vf query = splat(queries[d * kRows + i]);
@@ -107,8 +106,8 @@ inline void logits_tile(const float* queries, const float* keys, int64_t width, 
 }
 
 template <int kRows>
-void logits_rows(const float* queries, const float* keys, int64_t width, int64_t panels,
-                 float* out, int64_t out_stride, float* best, Ahead* ahead, int64_t lines) {
+void logits_rows(const float* queries, const float* keys, int64_t width, int64_t panels, float* out,
+                 int64_t out_stride, float* best, Ahead* ahead, int64_t lines) {
   constexpr int kPanels = kRows * 8 <= 2 * kTileRows ? 8 : kRows * 4 <= 2 * kTileRows ? 4 : 2;
   Vf maxima[kRows];
   for (int i = 0; i < kRows; ++i) maxima[i] = splat(-kInfinity);
@@ -137,8 +136,8 @@ void logits_any(int64_t rows, const float* queries, const float* keys, int64_t w
                 int64_t lines) {
   if constexpr (kRows < kTileRows)
     if (rows != kRows)
-      return logits_any<kRows + 1>(rows, queries, keys, width, panels, out, out_stride, best,
-                                   ahead, lines);
+      return logits_any<kRows + 1>(rows, queries, keys, width, panels, out, out_stride, best, ahead,
+                                   lines);
   logits_rows<kRows>(queries, keys, width, panels, out, out_stride, best, ahead, lines);
 }
 
@@ -147,8 +146,8 @@ inline int64_t row_groups(Range rows) {
   return (rows.end - rows.begin + kTileRows - 1) / kTileRows;
 }
 inline Range row_group(Range rows, int64_t group) {
-  const Range part = share(rows.end - rows.begin, Team{static_cast<int>(group),
-                                                       static_cast<int>(row_groups(rows))});
+  const Range part = share(rows.end - rows.begin,
+                           Team{static_cast<int>(group), static_cast<int>(row_groups(rows))});
   return {rows.begin + part.begin, rows.begin + part.end};
 }
 
@@ -176,34 +175,36 @@ void pack_keys(const T* key, int64_t token_stride, int64_t width_stride, int64_t
   }
 }
 
-// Queries of the rows in `range`, feature by feature, times the factor that makes exp2 a softmax.
+// Queries of the rows in `range`, feature by feature, with the sign of the scale: what is left of
+// it is positive, and the largest logit stays the largest.
 template <class T>
 void pack_queries(const AttentionScoresArgs& a, int64_t b, const ScoreRows& rows, Range range,
                   float* out) {
-  const float factor = a.scale * kLog2e;
+  const float sign = a.scale < 0 ? -1.0f : 1.0f;
   const T* query = static_cast<const T*>(a.query) + b * a.query_strides[0];
   const int64_t size = range.end - range.begin;
   for (int64_t r = range.begin; r < range.end; ++r) {
     const T* from = query + rows.head[r] * a.query_strides[1] + rows.query[r] * a.query_strides[2];
     for (int64_t d = 0; d < a.width; ++d)
-      out[d * size + (r - range.begin)] = to_float(from[d * a.query_strides[3]]) * factor;
+      out[d * size + (r - range.begin)] = to_float(from[d * a.query_strides[3]]) * sign;
   }
 }
 
-// logits -> exponentials against the row's maximum; returns their sum over the first `count`.
-inline float exponentials(const float* logits, float best, int64_t count, float* out,
+// logits -> exponentials of `factor` times their distance to the row's maximum; returns their sum
+// over the first `count`.
+inline float exponentials(const float* logits, float best, float factor, int64_t count, float* out,
                           bool past_caches) {
   const Vf top = splat(best > -kInfinity ? best : 0.0f);  // -inf less -inf would be NaN
   Vf sum = {};
   int64_t n = 0;
   for (; n + kLanes <= count; n += kLanes) {
-    const Vf e = exp2_nonpositive(load<Vf>(logits + n) - top);
+    const Vf e = exp2_nonpositive((load<Vf>(logits + n) - top) * factor);
     sum += e;
     if (past_caches) stream(out + n, e);
     else store(out + n, e);
   }
   if (n < count) {
-    Vf e = exp2_nonpositive(load<Vf>(logits + n) - top);
+    Vf e = exp2_nonpositive((load<Vf>(logits + n) - top) * factor);
     e = iota() < splat(static_cast<int32_t>(count - n)) ? e : Vf{};
     sum += e;
     store(out + n, e);
@@ -246,6 +247,7 @@ class SampleScores {
         b(sample),
         team(team),
         score_rows(args.reduce == kNone ? args.heads : 1),
+        factor((args.scale < 0 ? -args.scale : args.scale) * kLog2e),
         padded(round_up(larger<int64_t>(args.tokens, 1), kLanes)),
         past_caches(plan.rows * padded * 4 >= 2 * kStreamBytes),
         exponents(shared),
@@ -299,19 +301,21 @@ class SampleScores {
   const ScoresPlan& plan;
   const int64_t b;
   const Team& team;
-  const int64_t score_rows, padded;
+  const int64_t score_rows;
+  const float factor;  // makes exp2 of a logit its exponential, scaled
+  const int64_t padded;
   const bool past_caches;
-  float* const exponents;               // [chunk][row][key]
-  float *maxima[2], *totals[2];         // [chunk][row], one for each parity
-  float* weights;                       // [chunk][row]
-  float* sums;                          // [score row][valid key]
+  float* const exponents;        // [chunk][row][key]
+  float *maxima[2], *totals[2];  // [chunk][row], one for each parity
+  float* weights;                // [chunk][row]
+  float* sums;                   // [score row][valid key]
   float *packed_keys, *logits, *packed_queries;
   int32_t* row_index;
   ScoreRows rows;
   const ValidTokens tokens;
   const int64_t chunks;
-  const Range mine, my_keys;            // chunks and valid keys of this thread
-  int64_t stride = 0;                   // of maxima, totals and weights in this pass
+  const Range mine, my_keys;  // chunks and valid keys of this thread
+  int64_t stride = 0;         // of maxima, totals and weights in this pass
   int parity = 0;
 
   int64_t query_of(int64_t sample, int64_t r) const {
@@ -378,9 +382,12 @@ class SampleScores {
                    head * a.key_strides[1];
     const int64_t first = (same_head ? c + 1 : small ? c : mine.begin) * kChunk;
     const bool any = same_sample || b + 1 < a.batch;
-    return {reinterpret_cast<const char*>(key), same_sample ? tokens.index : nullptr,
-            a.key_strides[2] * size,            a.width * size,
-            first,                              any ? smaller(first + kChunk, tokens.count) : 0,
+    return {reinterpret_cast<const char*>(key),
+            same_sample ? tokens.index : nullptr,
+            a.key_strides[2] * size,
+            a.width * size,
+            first,
+            any ? smaller(first + kChunk, tokens.count) : 0,
             0};
   }
 
@@ -402,7 +409,7 @@ class SampleScores {
         logits_any(group.end - group.begin, packed_queries + group.begin * a.width, packed_keys,
                    a.width, keys / kLanes, logits, keys, best + group.begin, &ahead, lines);
         for (int64_t r = group.begin; r < group.end; ++r)
-          total[r] = exponentials(logits + (r - group.begin) * keys, best[r], count,
+          total[r] = exponentials(logits + (r - group.begin) * keys, best[r], factor, count,
                                   exponents + first * plan.rows + r * keys, past_caches);
       }
     });
@@ -419,11 +426,12 @@ class SampleScores {
       Vf top = splat(-kInfinity), sum = {};
       for (int64_t c = 0; c < chunks; ++c) top = maximum(load<Vf>(best + c * stride), top);
       for (int64_t c = 0; c < chunks; ++c)
-        sum += load<Vf>(total + c * stride) * exp2_nonpositive(load<Vf>(best + c * stride) - top);
-      const Vf factor = head_weight / sum;
+        sum += load<Vf>(total + c * stride) *
+               exp2_nonpositive((load<Vf>(best + c * stride) - top) * factor);
+      const Vf share_of_one = head_weight / sum;
       for (int64_t c = mine.begin; c < mine.end; ++c)
         store(weights + c * stride + r,
-              exp2_nonpositive(load<Vf>(best + c * stride) - top) * factor);
+              exp2_nonpositive((load<Vf>(best + c * stride) - top) * factor) * share_of_one);
     }
   }
 

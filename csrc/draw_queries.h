@@ -6,26 +6,32 @@ namespace sma {
 namespace SMA_ISA {
 
 inline void draw_queries(const DrawQueriesArgs& a) {
-  const int threads = threads_for(a.batch * a.candidates * 4, a.threads);
-  const int64_t size = round_up(SelectScratch::size(a.candidates), 16);
-  const Scratch<int32_t> scratch(size * threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
-  for (int64_t b = 0; b < a.batch; ++b) {
-    const SelectScratch s(scratch.get() + omp_get_thread_num() * size, a.candidates);
-    const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.candidates;
-    const ValidTokens tokens(padding, a.candidates, s.index);
-    const int64_t valid = tokens.count;
-    int64_t k = a.num_queries;
-    if (a.num_queries_rows != nullptr) k = smaller(a.num_queries_rows[b], k);
-    k = smaller(smaller(larger<int64_t>(k, 1), valid), a.num_queries);
-    ordered_keys(a.noise + b * a.candidates, tokens.index, {0, valid}, -1.0f, s.keys);
-    flag_largest(s.keys, valid, k, s.work, s.flags);
-    int64_t* out = a.query_index + b * a.num_queries;
-    int64_t* const end = out + a.num_queries;
-    for (int64_t i = 0; i < valid; ++i)
-      if (s.flags[i]) *out++ = tokens.index == nullptr ? i : tokens.index[i];
-    while (out < end) *out++ = -1;
-  }
+  for_each_row(a.batch, a.candidates, a.batch * a.candidates * 4, a.threads,
+               [&](int64_t b, const SelectScratch& s, const Team& team) {
+                 const uint8_t* padding =
+                     a.padding == nullptr ? nullptr : a.padding + b * a.candidates;
+                 if (team.id == 0) {
+                   const ValidTokens tokens(padding, a.candidates, s.index);
+                   *s.row = {tokens.count, 0, tokens.index, {}, {}};
+                 }
+                 team.wait();
+                 const int64_t valid = s.row->valid;
+                 const int32_t* index = s.row->index;
+                 ordered_keys(a.noise + b * a.candidates, index, share(valid, team), -1.0f, s.keys);
+                 team.wait();
+                 if (team.id == 0) {
+                   int64_t k = a.num_queries;
+                   if (a.num_queries_rows != nullptr) k = smaller(a.num_queries_rows[b], k);
+                   k = smaller(smaller(larger<int64_t>(k, 1), valid), a.num_queries);
+                   flag_largest(s.keys, valid, k, s.work, s.flags);
+                   int64_t* out = a.query_index + b * a.num_queries;
+                   int64_t* const end = out + a.num_queries;
+                   for (int64_t i = 0; i < valid; ++i)
+                     if (s.flags[i]) *out++ = index == nullptr ? i : index[i];
+                   while (out < end) *out++ = -1;
+                 }
+                 team.wait();
+               });
 }
 
 }  // namespace SMA_ISA

@@ -11,8 +11,7 @@ constexpr int64_t kAheadBytes = 3072;  // rows are asked of memory this far befo
 // Calls body(b, rows) for blocks of rows of every sample. Blocks do not depend on the
 // number of threads.
 template <class Body>
-void for_row_blocks(int64_t batch, int64_t rows, int64_t row_bytes, int threads,
-                    const Body& body) {
+void for_row_blocks(int64_t batch, int64_t rows, int64_t row_bytes, int threads, const Body& body) {
   const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
   threads = threads_for(batch * rows * row_bytes / 4, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -34,9 +33,38 @@ void for_samples(int64_t batch, int64_t work, int threads, const Body& body) {
   for (int64_t b = 0; b < batch; ++b) body(b);
 }
 
+// Rows whose elements lie apart, as after a transpose: 64 bytes of each row at a time, so that the
+// lines of memory that hold neighbouring tokens are read once.
+template <class Element>
+void gather_apart(const GatherTokensArgs& a, int64_t b, Range rows) {
+  constexpr int64_t kColumns = 64 / sizeof(Element);
+  const char* from = static_cast<const char*>(a.rows) + b * a.batch_bytes;
+  const int64_t width = a.row_bytes / static_cast<int64_t>(sizeof(Element));
+  Element* to = static_cast<Element*>(a.out) + b * a.visible * width;
+  const int64_t* ids = a.ids + b * a.visible;
+  for (int64_t begin = 0; begin < width; begin += kColumns) {
+    const int64_t end = smaller(begin + kColumns, width);
+    for (int64_t v = rows.begin; v < rows.end; ++v) {
+      const char* row = from + (ids[v] < 0 ? 0 : ids[v]) * a.token_bytes;
+      for (int64_t c = begin; c < end; ++c) {
+        Element x{};
+        if (ids[v] >= 0) memcpy(&x, row + c * a.stride_bytes, sizeof x);
+        to[v * width + c] = x;
+      }
+    }
+  }
+}
+
 inline void gather_rows(const GatherTokensArgs& a, int64_t b, Range rows) {
+  if (a.stride_bytes != a.element_bytes) {
+    if (a.element_bytes == 8) gather_apart<uint64_t>(a, b, rows);
+    else if (a.element_bytes == 4) gather_apart<uint32_t>(a, b, rows);
+    else if (a.element_bytes == 2) gather_apart<uint16_t>(a, b, rows);
+    else gather_apart<uint8_t>(a, b, rows);
+    return;
+  }
   const bool past_caches = a.batch * a.visible * a.row_bytes >= kStreamBytes;
-  const char* from = static_cast<const char*>(a.tokens) + b * a.batch_bytes;
+  const char* from = static_cast<const char*>(a.rows) + b * a.batch_bytes;
   char* to = static_cast<char*>(a.out) + b * a.visible * a.row_bytes;
   const int64_t* ids = a.ids + b * a.visible;
   const auto touch = [&](int64_t v) {  // ask memory for a row

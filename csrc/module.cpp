@@ -28,7 +28,9 @@ using Address = uintptr_t;
 using Four = std::array<int64_t, 4>;
 
 template <class T>
-T* at(Address address) { return reinterpret_cast<T*>(address); }
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 // Instruction sets that were compiled and that this processor has, the best one last.
 std::vector<const Kernels*> runnable() {
@@ -74,16 +76,16 @@ std::string set_cpu_isa(const std::string& name) {
   return before;
 }
 
-void check_index(const char* name, const int64_t* index, int64_t count, int64_t low,
-                 int64_t high) {
+void check_index(const char* name, const int64_t* index, int64_t count, int64_t low, int64_t high) {
   int64_t least = low, most = high - 1;
   for (int64_t i = 0; i < count; ++i) {
     least = index[i] < least ? index[i] : least;
     most = index[i] > most ? index[i] : most;
   }
   if (least >= low && most < high) return;
-  throw py::value_error(std::string(name) + ": holds " + std::to_string(least < low ? least : most) +
-                        ", allowed is " + std::to_string(low) + " to " + std::to_string(high - 1));
+  throw py::value_error(std::string(name) + ": holds " +
+                        std::to_string(least < low ? least : most) + ", allowed is " +
+                        std::to_string(low) + " to " + std::to_string(high - 1));
 }
 
 void check_counts(const char* name, const int64_t* counts, int64_t count) {
@@ -145,11 +147,11 @@ py::capsule empty_output(const std::vector<int64_t>& shape, int code, int bits) 
 }
 
 AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_t batch,
-                                   int64_t heads, int64_t kv_heads, int64_t queries,
-                                   int64_t tokens, int64_t selected, int64_t width,
-                                   const Four& query_strides, const Four& key_strides,
-                                   Address query_index, Address head_index, Address padding,
-                                   double scale, int reduce, Address scores, int threads) {
+                                   int64_t heads, int64_t kv_heads, int64_t queries, int64_t tokens,
+                                   int64_t selected, int64_t width, const Four& query_strides,
+                                   const Four& key_strides, Address query_index, Address head_index,
+                                   Address padding, double scale, int reduce, Address scores,
+                                   int threads) {
   AttentionScoresArgs a = {};
   a.query = at<void>(query);
   a.key = at<void>(key);
@@ -182,7 +184,7 @@ SelectTokensArgs select_args(Address scores, Address padding, Address noise, int
                              double mask_ratio, Address num_masked_rows, int64_t num_masked,
                              double random_fraction, double pool_ratio, Address mask,
                              Address ids_visible, Address ids_masked, Address ids_restore,
-                             Address num_visible_out, Address num_masked_out, int threads) {
+                             Address out_num_visible, Address out_num_masked, int threads) {
   SelectTokensArgs a = {};
   a.scores = at<float>(scores);
   a.padding = at<uint8_t>(padding);
@@ -200,8 +202,8 @@ SelectTokensArgs select_args(Address scores, Address padding, Address noise, int
   a.ids_visible = at<int64_t>(ids_visible);
   a.ids_masked = at<int64_t>(ids_masked);
   a.ids_restore = at<int64_t>(ids_restore);
-  a.out_num_visible = at<int32_t>(num_visible_out);
-  a.out_num_masked = at<int32_t>(num_masked_out);
+  a.out_num_visible = at<int32_t>(out_num_visible);
+  a.out_num_masked = at<int32_t>(out_num_masked);
   a.threads = threads;
   check_length("scores", tokens);
   check_counts("num_masked", a.num_masked_rows, batch);
@@ -210,19 +212,22 @@ SelectTokensArgs select_args(Address scores, Address padding, Address noise, int
   return a;
 }
 
-// One tensor to gather: address, strides and row in bytes, and the output's address.
-using Gather = std::array<int64_t, 5>;
+// One tensor to gather: address; bytes from sample to sample, token to token, of a row, of an
+// element and from one element to the next; the output's address.
+using Gather = std::array<int64_t, 7>;
 
 GatherTokensArgs gather_args(const Gather& g, int64_t batch, int64_t tokens, int64_t visible,
                              Address ids, int threads) {
   GatherTokensArgs a = {};
-  a.tokens = at<void>(static_cast<Address>(g[0]));
+  a.rows = at<void>(static_cast<Address>(g[0]));
   a.batch_bytes = g[1];
   a.token_bytes = g[2];
   a.row_bytes = g[3];
-  a.out = at<void>(static_cast<Address>(g[4]));
+  a.element_bytes = g[4];
+  a.stride_bytes = g[5];
+  a.out = at<void>(static_cast<Address>(g[6]));
   a.batch = batch;
-  a.tokens_count = tokens;
+  a.tokens = tokens;
   a.visible = visible;
   a.ids = at<int64_t>(ids);
   a.threads = threads;
@@ -271,12 +276,12 @@ void select_tokens(Address scores, Address padding, Address noise, int64_t batch
                    int64_t width_visible, int64_t width_masked, double mask_ratio,
                    Address num_masked_rows, int64_t num_masked, double random_fraction,
                    double pool_ratio, Address mask, Address ids_visible, Address ids_masked,
-                   Address ids_restore, Address num_visible_out, Address num_masked_out,
+                   Address ids_restore, Address out_num_visible, Address out_num_masked,
                    int threads) {
-  const SelectTokensArgs a = select_args(
-      scores, padding, noise, batch, tokens, width_visible, width_masked, mask_ratio,
-      num_masked_rows, num_masked, random_fraction, pool_ratio, mask, ids_visible, ids_masked,
-      ids_restore, num_visible_out, num_masked_out, threads);
+  const SelectTokensArgs a =
+      select_args(scores, padding, noise, batch, tokens, width_visible, width_masked, mask_ratio,
+                  num_masked_rows, num_masked, random_fraction, pool_ratio, mask, ids_visible,
+                  ids_masked, ids_restore, out_num_visible, out_num_masked, threads);
   py::gil_scoped_release release;
   kernels()->select_tokens(a);
 }
@@ -306,9 +311,8 @@ void gather_tokens(const Gather& gather, int64_t batch, int64_t tokens, int64_t 
   kernels()->gather_tokens(a);
 }
 
-void gather_tokens_backward(Address grad, int dtype, int64_t batch, int64_t visible,
-                            int64_t tokens, int64_t width, Address ids, Address out,
-                            int threads) {
+void gather_tokens_backward(Address grad, int dtype, int64_t batch, int64_t visible, int64_t tokens,
+                            int64_t width, Address ids, Address out, int threads) {
   GatherTokensBackwardArgs a = {};
   a.grad = at<void>(grad);
   a.dtype = dtype;
@@ -330,16 +334,16 @@ void restore_tokens(Address visible, int64_t visible_batch_bytes, int64_t visibl
                     int64_t row_bytes, int64_t batch, int64_t visible_count, int64_t fill_count,
                     int64_t tokens, Address ids_restore, Address out, int threads) {
   RestoreTokensArgs a = {};
-  a.visible = at<void>(visible);
-  a.fill = at<void>(fill);
+  a.visible_rows = at<void>(visible);
+  a.fill_rows = at<void>(fill);
   a.visible_batch_bytes = visible_batch_bytes;
   a.visible_token_bytes = visible_token_bytes;
   a.fill_batch_bytes = fill_batch_bytes;
   a.fill_token_bytes = fill_token_bytes;
   a.row_bytes = row_bytes;
   a.batch = batch;
-  a.visible_count = visible_count;
-  a.fill_count = fill_count;
+  a.visible = visible_count;
+  a.fill = fill_count;
   a.tokens = tokens;
   a.ids_restore = at<int64_t>(ids_restore);
   a.out = at<void>(out);
@@ -358,8 +362,8 @@ void restore_tokens_backward(Address grad, int dtype, int64_t batch, int64_t tok
   a.dtype = dtype;
   a.batch = batch;
   a.tokens = tokens;
-  a.visible_count = visible_count;
-  a.fill_count = fill_count;
+  a.visible = visible_count;
+  a.fill = fill_count;
   a.width = width;
   a.shared_fill = shared_fill;
   a.ids_restore = at<int64_t>(ids_restore);
@@ -380,7 +384,7 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
                          int64_t width_masked, double mask_ratio, bool mask_queries,
                          double random_fraction, double pool_ratio, Address mask,
                          Address ids_visible, Address ids_masked, Address ids_restore,
-                         Address num_visible_out, Address num_masked_out,
+                         Address out_num_visible, Address out_num_masked,
                          const std::vector<Gather>& gathers, int threads) {
   SelfGuidedMaskingArgs a = {};
   a.attention = attention_args(query, key, dtype, batch, heads, kv_heads, queries, tokens, selected,
@@ -388,9 +392,8 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
                                scale, reduce, scores, threads);
   a.select = select_args(scores, padding, noise, batch, tokens, width_visible, width_masked,
                          mask_ratio, 0, 0, random_fraction, pool_ratio, mask, ids_visible,
-                         ids_masked, ids_restore, num_visible_out, num_masked_out, threads);
-  if (reduce == kNone)
-    throw py::value_error("head_reduce: got 'none', allowed is 'mean' or 'sum'");
+                         ids_masked, ids_restore, out_num_visible, out_num_masked, threads);
+  if (reduce == kNone) throw py::value_error("head_reduce: got 'none', allowed is 'mean' or 'sum'");
   if (mask_queries) {
     if (queries != tokens)
       throw py::value_error("mask_queries: got True, allowed where queries and keys are as many");
@@ -427,11 +430,10 @@ void cuda_gather_tokens(const Gather& gather, int64_t batch, int64_t tokens, int
   const GatherTokensArgs a = gather_args(gather, batch, tokens, visible, ids, 0);
   const char* error = cuda::gather_tokens(a, device, at<void>(stream));
   if (error != nullptr)
-    throw std::runtime_error("gather_tokens on CUDA device " + std::to_string(device) + ", tokens (" +
-                             std::to_string(batch) + ", " + std::to_string(tokens) + ", " +
-                             std::to_string(a.row_bytes) + " bytes), ids (" +
-                             std::to_string(batch) + ", " + std::to_string(visible) +
-                             "): " + error);
+    throw std::runtime_error(
+        "gather_tokens on CUDA device " + std::to_string(device) + ", tokens (" +
+        std::to_string(batch) + ", " + std::to_string(tokens) + ", " + std::to_string(a.row_bytes) +
+        " bytes), ids (" + std::to_string(batch) + ", " + std::to_string(visible) + "): " + error);
 }
 #endif
 
@@ -474,7 +476,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_instruction_sets", &cpu_instruction_sets);
   m.def("set_cpu_isa", &set_cpu_isa);
   m.def("empty_output", &empty_output);
-  m.def("set_cache_limit", &set_cache_limit);
+  m.attr("most_gathers") = kMaxTokenTensors;
   m.def("attention_scores", &attention_scores);
   m.def("aggregate_attention", &aggregate_attention);
   m.def("select_tokens", &select_tokens);

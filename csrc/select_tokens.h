@@ -10,7 +10,9 @@
 namespace sma {
 namespace SMA_ISA {
 
-struct Bounds { int32_t low, high; };
+struct Bounds {
+  int32_t low, high;
+};
 
 inline Bounds bounds(const int32_t* keys, int64_t count) {  // count > 0
   const int64_t whole = count / kLanes * kLanes;
@@ -75,11 +77,14 @@ inline int64_t keep_between(const int32_t* keys, int64_t count, Bounds range, in
 }
 
 // The k-th largest key, how many keys equal it, and how many of those belong to the k largest.
-struct Threshold { int32_t key; int64_t equal, wanted; };
+struct Threshold {
+  int32_t key;
+  int64_t equal, wanted;
+};
 
-// What bisection still has to look at: the k-th largest lies within `range`, `above` keys lie higher
-// and `from_low` keys lie in it or higher. `keys` holds all of the range and perhaps others, but
-// `left_out` of those above are not in it.
+// What bisection still has to look at: the k-th largest lies within `range`, `above` keys lie
+// higher and `from_low` keys lie in it or higher. `keys` holds all of the range and perhaps others,
+// but `left_out` of those above are not in it.
 struct InDoubt {
   Bounds range;
   int64_t above, from_low;
@@ -132,8 +137,8 @@ inline void flag_by_rank(int32_t* keys, int64_t count, int64_t k, uint8_t* flags
   }
 }
 
-// flags[i] = 1 for the keys above the threshold and for the first `wanted` that equal it, less which
-// `wanted` is left.
+// flags[i] = 1 for the keys above the threshold and for the first `wanted` that equal it, less
+// which `wanted` is left.
 inline void flag_above(const int32_t* keys, int64_t count, const Threshold& t, int64_t* wanted,
                        uint8_t* flags) {
   if (t.equal == t.wanted) {  // no key that equals it is left out
@@ -285,8 +290,8 @@ inline void choose_row(const SelectTokensArgs& a, int64_t b, const SelectScratch
   }
 }
 
-// The ordered sweep: writes mask and ids of tokens in order, of which `first` valid ones and `masked`
-// of those come before.
+// The ordered sweep: writes mask and ids of tokens in order, of which `first` valid ones and
+// `masked` of those come before.
 class Sweep {
  public:
   Sweep(const SelectTokensArgs& a, int64_t b, int64_t first, int64_t masked)
@@ -340,7 +345,9 @@ constexpr int64_t kLongRow = 4 * kSample;
 constexpr int64_t kKeyBlock = 1024;
 
 // What a thread found in its part: keys above `near`, keys in it, keys above and at the threshold.
-struct LongPart { int64_t above, kept, higher, equal; };
+struct LongPart {
+  int64_t above, kept, higher, equal;
+};
 
 inline bool is_long(const SelectTokensArgs& a, const SelectRow& row) {
   return row.index == nullptr && row.valid >= kLongRow && row.masked > 0 &&
@@ -358,8 +365,8 @@ void for_key_blocks(const float* scores, Range range, const Body& body) {
   }
 }
 
-// Keys between which the threshold is, almost always: the first thread finds the upper one, the last
-// thread the lower one.
+// Keys between which the threshold is, almost always: the first thread finds the upper one, the
+// last thread the lower one.
 inline void guess_bounds(const float* scores, const SelectScratch& s, const Team& team) {
   const int64_t step = s.row->valid / kSample, middle = s.row->masked / step;
   const auto sampled = [&](int64_t rank, int32_t* sample) {
@@ -369,12 +376,11 @@ inline void guess_bounds(const float* scores, const SelectScratch& s, const Team
   if (team.id == 0)
     s.row->near.high = middle > kMargin ? sampled(middle - kMargin, s.keys) : INT32_MAX;
   if (team.id == team.size - 1)
-    s.row->near.low =
-        middle + kMargin <= kSample ? sampled(middle + kMargin, s.work) : INT32_MIN;
+    s.row->near.low = middle + kMargin <= kSample ? sampled(middle + kMargin, s.work) : INT32_MIN;
 }
 
-// Finds the threshold among the keys that the threads kept; where it is none of them, all are looked
-// at next.
+// Finds the threshold among the keys that the threads kept; where it is none of them, all are
+// looked at next.
 inline void join_parts(const LongPart* parts, const SelectScratch& s, const Team& team) {
   SelectRow* row = s.row;
   int64_t above = 0, kept = 0;
@@ -385,10 +391,9 @@ inline void join_parts(const LongPart* parts, const SelectScratch& s, const Team
     kept += parts[t].kept;
   }
   if (above < row->masked && row->masked <= above + kept)
-    row->threshold = bisect({row->near, above, above + kept, s.rest, kept, above}, row->masked,
-                            s.rest);
-  else
-    row->near = {INT32_MIN, INT32_MAX};
+    row->threshold =
+        bisect({row->near, above, above + kept, s.rest, kept, above}, row->masked, s.rest);
+  else row->near = {INT32_MIN, INT32_MAX};
 }
 
 inline void select_long_row(const SelectTokensArgs& a, int64_t b, const float* scores,
@@ -403,8 +408,8 @@ inline void select_long_row(const SelectTokensArgs& a, int64_t b, const float* s
   for (const Threshold* t = &row->threshold; t->wanted == 0;) {
     part = {};
     for_key_blocks(scores, mine, [&](const int32_t* keys, Range block) {
-      part.kept += keep_between(keys, block.end - block.begin, row->near, kept + part.kept,
-                                &part.above);
+      part.kept +=
+          keep_between(keys, block.end - block.begin, row->near, kept + part.kept, &part.above);
     });
     parts[team.id] = part;
     team.wait();
@@ -456,27 +461,35 @@ inline void select_row(const SelectTokensArgs& a, int64_t b, const float* scores
   team.wait();
 }
 
-constexpr int64_t kSharedRow = 65536;  // rows from here on are worth sharing among threads
+constexpr int64_t kSharedRow = int64_t{1} << 18;  // work of a row from which threads share it
 
-inline void select_tokens(const SelectTokensArgs& a) {
-  const int threads = threads_for(a.batch * a.tokens * 4, a.threads);
-  const bool together = threads > 1 && a.batch < threads && a.tokens >= kSharedRow;
-  const int64_t size = round_up(SelectScratch::size(a.tokens), 16);
+// Calls body(b, scratch, team) for every row of `tokens`: a row for each thread, or all threads on
+// one row where there are fewer rows than threads and a row is long.
+template <class Body>
+void for_each_row(int64_t batch, int64_t tokens, int64_t work, int threads, const Body& body) {
+  threads = threads_for(work, threads);
+  const bool together = threads > 1 && batch < threads && work >= batch * kSharedRow;
+  const int64_t size = round_up(SelectScratch::size(tokens), 16);
   const Scratch<int32_t> scratch(size * (together ? 1 : threads));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int id = omp_get_thread_num();
+    const SelectScratch s(scratch.get() + (together ? 0 : id * size), tokens);
     if (together) {
-      const SelectScratch s(scratch.get(), a.tokens);
-      for (int64_t b = 0; b < a.batch; ++b)
-        select_row(a, b, a.scores + b * a.tokens, s, {id, omp_get_num_threads()});
+      for (int64_t b = 0; b < batch; ++b) body(b, s, Team{id, omp_get_num_threads()});
     } else {
-      const SelectScratch s(scratch.get() + id * size, a.tokens);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t b = 0; b < a.batch; ++b)
-        select_row(a, b, a.scores + b * a.tokens, s, {0, 1});
+      for (int64_t b = 0; b < batch; ++b) body(b, s, Team{0, 1});
     }
+    fence();
   }
+}
+
+inline void select_tokens(const SelectTokensArgs& a) {
+  for_each_row(a.batch, a.tokens, a.batch * a.tokens * 4, a.threads,
+               [&](int64_t b, const SelectScratch& s, const Team& team) {
+                 select_row(a, b, a.scores + b * a.tokens, s, team);
+               });
 }
 
 }  // namespace SMA_ISA

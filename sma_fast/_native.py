@@ -24,8 +24,7 @@ _REDUCE = {"mean": 0, "sum": 1, "none": 2}
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (*_SCORES, torch.float64)
 
-_CACHED_FROM = 1 << 20  # bytes
-_MOST_GATHERS = 16  # kMaxTokenTensors in csrc/args.h
+_LARGE = 1 << 20  # bytes: from here on outputs come from the module, which keeps freed blocks
 _DLPACK = {  # type code and bits, as DLPack counts them
     torch.float32: (2, 32),
     torch.float64: (2, 64),
@@ -44,10 +43,10 @@ def _module():
     """Returns the compiled module, or raises why there is none."""
     if importlib.util.find_spec("sma_fast._C") is None:
         note = Path(__file__).with_name("_build.json")
-        reason = json.loads(note.read_text())["not_built"] if note.exists() else ""
-        raise _dispatch.Unavailable(
-            f"native module not built: {reason or 'the package was not installed with pip'}"
-        )
+        reason = f"{note.parent} was never installed: use pip install -e . there, or leave its folder"
+        if note.exists():
+            reason = json.loads(note.read_text())["not_built"]
+        raise _dispatch.Unavailable(f"native module not built: {reason}")
     try:
         return importlib.import_module("sma_fast._C")
     except ImportError as error:
@@ -205,7 +204,7 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
 
 def gather_tokens(tokens, ids) -> Tensor:
     batch, visible = ids.shape
-    tokens, ids = _contiguous_rows(tokens), ids.contiguous()
+    tokens, ids = _even_rows(tokens), ids.contiguous()
     out = _empty((batch, visible) + tokens.shape[2:], tokens.dtype)
     calls["cpu", "gather_tokens"] += 1
     _module().gather_tokens(
@@ -312,7 +311,8 @@ def self_guided_masking(
     )
     scores = _empty((batch, count), torch.float32)
     selection = _selection(batch, count, width_visible, width_masked)
-    tokens = [_contiguous_rows(x) for x in tokens]
+    most = _module().most_gathers
+    tokens = [_even_rows(x) for x in tokens]
     visible = [_empty((batch, width_visible) + x.shape[2:], x.dtype) for x in tokens]
     calls["cpu", "self_guided_masking"] += 1
     _module().self_guided_masking(
@@ -328,18 +328,18 @@ def self_guided_masking(
         random_fraction,
         -1.0 if pool_ratio is None else pool_ratio,
         *[x.data_ptr() for x in selection],
-        [_gather(x, out) for x, out in zip(tokens, visible, strict=True)][:_MOST_GATHERS],
+        [_gather(x, out) for x, out in zip(tokens, visible, strict=True)][:most],
         _threads(),
     )
-    for i in range(_MOST_GATHERS, len(tokens)):
+    for i in range(most, len(tokens)):
         visible[i] = gather_tokens(tokens[i], selection[1])
-    return (*selection, scores, visible)
+    return (scores, *selection, visible)
 
 
 def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
     batch, count = tokens.shape[:2]
     keep = int(count * (1 - mask_ratio))
-    tokens, noise = _contiguous_rows(tokens), noise.contiguous()
+    tokens, noise = _even_rows(tokens), noise.contiguous()
     visible = _empty((batch, keep) + tokens.shape[2:], tokens.dtype)
     ids_visible = _empty((batch, keep), torch.int64)
     mask = _empty((batch, count), torch.float32)
@@ -438,7 +438,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # large outputs come from the module's cache of freed blocks (csrc/cpu/cache.h); in
     # deterministic mode torch.empty fills what it returns, so that reading it shows
     size = math.prod(shape) * dtype.itemsize
-    if not _CACHED_FROM <= size < 1 << 47 or dtype not in _DLPACK:  # torch refuses absurd sizes
+    if not _LARGE <= size < 1 << 47 or dtype not in _DLPACK:  # torch refuses absurd sizes
         return torch.empty(*shape, dtype=dtype)
     if torch.are_deterministic_algorithms_enabled():
         return torch.empty(shape, dtype=dtype)
@@ -446,7 +446,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _selection(batch: int, tokens: int, visible: int, masked: int) -> tuple[Tensor, ...]:
-    empty = _empty if batch * tokens * 8 >= _CACHED_FROM else _small
+    empty = _empty if batch * tokens * 8 >= _LARGE else _small
     return (
         empty((batch, tokens), torch.bool),
         empty((batch, visible), torch.int64),
@@ -465,23 +465,46 @@ def _gather(tokens: Tensor, out: Tensor) -> tuple[int, ...]:
     size = tokens.element_size()
     row = size * math.prod(tokens.shape[2:])
     batch_stride, token_stride = tokens.stride()[:2]
-    return tokens.data_ptr(), batch_stride * size, token_stride * size, row, out.data_ptr()
+    return (
+        tokens.data_ptr(),
+        batch_stride * size,
+        token_stride * size,
+        row,
+        size,
+        size * (_row_stride(tokens) or 1),
+        out.data_ptr(),
+    )
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else x.contiguous() for x in tensors]
 
 
+def _row_stride(x: Tensor) -> int | None:
+    # elements from one to the next in a row of any number of dimensions; None: no one number
+    if x.is_contiguous():
+        return 1
+    stride = expected = None
+    for size, step in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = expected = step
+        if step != expected:
+            return None
+        expected *= size
+    return 1 if stride is None else stride
+
+
 def _contiguous_rows(x: Tensor) -> Tensor:
     # any strides between rows; a row itself in one piece
-    if x.is_contiguous():
-        return x
-    expected = 1
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size != 1 and stride != expected:
-            return x.contiguous()
-        expected *= size
-    return x
+    return x if _row_stride(x) == 1 else x.contiguous()
+
+
+def _even_rows(x: Tensor) -> Tensor:
+    # any strides between rows, and one stride within a row
+    stride = _row_stride(x)
+    return x if stride == 1 or (stride and x.element_size() <= 8) else x.contiguous()
 
 
 def _threads() -> int:

@@ -244,12 +244,12 @@ def self_guided_masking(
     visible = [x.new_empty((batch, width_visible) + x.shape[2:]) for x in tokens]
     scores = key.new_empty((batch, count), dtype=torch.float32)
     selection = _fake_selection(key, batch, count, width_visible, width_masked)
-    return (*selection, scores, visible)
+    return (scores, *selection, visible)
 
 
 def _self_guided_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[:7])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[2])
     ctx.num_tokens = inputs[1].shape[2]
 
 

@@ -462,7 +462,7 @@ def self_guided_masking(
         with torch._C._AutoDispatchBelowAutograd():  # nothing to record: a call costs less without
             result = _ops.self_guided_masking.default(*arguments)
     return SelfGuidedMasking(
-        TokenSelection(*result[:6]), result[6], tuple(result[7]), query_index, head_index
+        TokenSelection(*result[1:7]), result[0], tuple(result[7]), query_index, head_index
     )
 
 

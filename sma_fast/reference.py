@@ -211,7 +211,7 @@ def self_guided_masking(
     selection = select_tokens(
         wanted, key_padding_mask, noise, mask_ratio, None, None, None, random_fraction, pool_ratio
     )
-    return (*selection, scores, [gather_tokens(x, selection[1]) for x in tokens])
+    return (scores, *selection, [gather_tokens(x, selection[1]) for x in tokens])
 
 
 def random_masking(

@@ -204,6 +204,25 @@ def test_index_of_any_integer_type(backend, dtype):
     assert_same(call(OP, backend.inputs(narrow)), call(OP, backend.inputs(inputs)))
 
 
+@pytest.mark.parametrize("true", (2, 255))
+@pytest.mark.parametrize("padding", ("left", "right", "scattered"))
+def test_any_true(backend, padding, true):
+    # True is any byte but 0, as after .view(torch.bool)
+    inputs = backend.inputs(attention_inputs(tokens=40, padding=padding))
+    expected = call(OP, inputs)
+    odd = inputs["key_padding_mask"].to(torch.uint8).mul(true).view(torch.bool)
+    assert torch.equal(call(OP, inputs | {"key_padding_mask": odd}), expected)
+
+
+@pytest.mark.parametrize("scale", (1e30, -1e30, 1e-30, -0.5, 0.0))
+def test_scale_beyond_the_range_of_queries(backend, scale):
+    # logits are small, though query times scale would be infinite
+    query = torch.tensor([[[[1e10, -2e9], [3e9, 1e10]]]], device=backend.device)
+    key = 1e-38 * torch.tensor([[[[2, 1], [1, -1], [0, 2.5]]]], device=backend.device)
+    inputs = {"query": query, "key": key * (100 if abs(scale) > 1 else 1), "scale": scale}
+    assert_scores(backend, inputs)
+
+
 def test_latents_given_once_are_the_expanded_ones(backend):
     inputs = backend.inputs(attention_inputs(query_batch=1, batch=3, selected=3))
     expanded = inputs | {"query": inputs["query"].expand(3, -1, -1, -1)}

@@ -233,9 +233,9 @@ def wrong(op: str, *arguments):
         ids_masked[0, :2] = ids_masked[0, :2].flip(0)
         result = (mask, ids_visible, ids_masked, *rest)
     elif op == "self_guided_masking":
-        *selection, scores, visible = result
+        scores, *selection, visible = result
         selection[3][2, :2] = selection[3][2, :2].flip(0)
-        result = (*selection, scores, visible)
+        result = (scores, *selection, visible)
     return result
 
 

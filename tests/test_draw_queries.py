@@ -108,6 +108,15 @@ def test_any_input(backend, batch, candidates, noise, number, padding, layout):
     assert_unchanged()
 
 
+@pytest.mark.parametrize("true", (2, 255))
+def test_any_true(backend, true):
+    # True is any byte but 0, as after .view(torch.bool)
+    inputs = backend.inputs(draw_inputs(num_queries=4, padding="scattered"))
+    expected = call(OP, inputs)
+    odd = inputs["padding_mask"].to(torch.uint8).mul(true).view(torch.bool)
+    assert torch.equal(call(OP, inputs | {"padding_mask": odd}), expected)
+
+
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int16, torch.int8, torch.uint8), ids=str)
 def test_numbers_of_any_integer_type(backend, dtype):
     inputs = backend.inputs(draw_inputs(rows=[3, 0, 12]))

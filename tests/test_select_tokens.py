@@ -276,6 +276,16 @@ def test_any_ratio(backend, ratio, tokens):
     assert_consistent(selection, padding)
 
 
+@pytest.mark.parametrize("true", (2, 255))
+@pytest.mark.parametrize("padding", ("left", "right", "scattered"))
+def test_any_true(backend, padding, true):
+    # True is any byte but 0, as after .view(torch.bool)
+    inputs = backend.inputs(select_inputs(batch=4, tokens=40, padding=padding, mask_ratio=0.4))
+    expected = backend.expected(OP, inputs)
+    odd = inputs["key_padding_mask"].to(torch.uint8).mul(true).view(torch.bool)
+    assert_same_selection(call(OP, inputs | {"key_padding_mask": odd}), expected)
+
+
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int16, torch.int8, torch.uint8), ids=str)
 def test_numbers_of_any_integer_type(backend, dtype):
     inputs = select_inputs(rows=[3, 0, 12])

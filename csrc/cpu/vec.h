@@ -1,8 +1,8 @@
 // Vectors of one instruction set, and the little else that depends on it.
 //
-// This file and every <op>.h are compiled once per instruction set, inside `namespace sma::SMA_ISA`.
-// Nothing in them may come from an std:: template: the linker would keep one copy of it, compiled
-// for whichever instruction set came first.
+// This file and every <op>.h are compiled once per instruction set, inside `namespace
+// sma::SMA_ISA`. Nothing in them may come from an std:: template: the linker would keep one copy of
+// it, compiled for whichever instruction set came first.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -48,7 +48,9 @@ inline V load(const T* p) {
   return v;
 }
 template <class V, class T>
-inline void store(T* p, V v) { memcpy(p, &v, sizeof(V)); }
+inline void store(T* p, V v) {
+  memcpy(p, &v, sizeof(V));
+}
 inline Vf splat(float x) {  // 0 + x would be an addition: it changes -0
 #if defined(__AVX512F__)
   return reinterpret_cast<Vf>(_mm512_set1_ps(x));
@@ -67,10 +69,24 @@ inline Vi iota() {
 inline int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
-template <class T> inline T smaller(T a, T b) { return b < a ? b : a; }
-template <class T> inline T larger(T a, T b) { return a < b ? b : a; }
-inline Vi as_int(Vf v) { Vi r; memcpy(&r, &v, sizeof v); return r; }
-inline Vf as_float(Vi v) { Vf r; memcpy(&r, &v, sizeof v); return r; }
+template <class T>
+inline T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T larger(T a, T b) {
+  return a < b ? b : a;
+}
+inline Vi as_int(Vf v) {
+  Vi r;
+  memcpy(&r, &v, sizeof v);
+  return r;
+}
+inline Vf as_float(Vi v) {
+  Vf r;
+  memcpy(&r, &v, sizeof v);
+  return r;
+}
 
 inline Vf maximum(Vf a, Vf b) { return a > b ? a : b; }
 inline float reduce_max(Vf v) {
@@ -125,8 +141,12 @@ inline int32_t ordered(float v) {
 
 // bfloat16 and float16 to float32.
 inline float to_float(float v) { return v; }
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 inline float to_float(BFloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
   float r;
@@ -319,9 +339,9 @@ struct ValidTokens {
   ValidTokens(const uint8_t* padding, int64_t tokens, int32_t* room) : count(tokens) {
     if (padding == nullptr) return;
     int64_t padded = 0, early = 0;
-    for (int64_t n = 0; n < tokens; ++n) padded += padding[n];
+    for (int64_t n = 0; n < tokens; ++n) padded += padding[n] != 0;
     count = tokens - padded;
-    for (int64_t n = 0; n < count; ++n) early += padding[n];
+    for (int64_t n = 0; n < count; ++n) early += padding[n] != 0;
     if (early == 0) return;
     int64_t kept = 0;
     for (int64_t n = 0; n < tokens; ++n) {
@@ -345,7 +365,9 @@ struct Team {
 inline int threads_for(int64_t work, int threads) {
   return work < (int64_t{1} << 15) ? 1 : threads;
 }
-struct Range { int64_t begin, end; };
+struct Range {
+  int64_t begin, end;
+};
 inline Range share(int64_t count, const Team& team) {
   return {count * team.id / team.size, count * (team.id + 1) / team.size};
 }

@@ -13,20 +13,19 @@ constexpr int kWarpsPerBlock = 8;
 
 template <class Word>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    gather_rows(const char* tokens, int64_t batch_bytes, int64_t token_bytes, int64_t row_words,
-                int64_t tokens_count, int64_t visible, int64_t rows, const int64_t* ids,
-                Word* out) {
+    gather_rows(const char* input, int64_t batch_bytes, int64_t token_bytes, int64_t row_words,
+                int64_t tokens, int64_t visible, int64_t rows, const int64_t* ids, Word* out) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.y;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
   for (int64_t row = first; row < rows; row += step) {
     const int64_t id = ids[row];
     Word* to = out + row * row_words;
-    if (id < 0 || id >= tokens_count) {
+    if (id < 0 || id >= tokens) {
       for (int64_t i = threadIdx.x; i < row_words; i += kWarp) to[i] = Word{};
       continue;
     }
-    const Word* from = reinterpret_cast<const Word*>(tokens + row / visible * batch_bytes +
-                                                     id * token_bytes);
+    const Word* from =
+        reinterpret_cast<const Word*>(input + row / visible * batch_bytes + id * token_bytes);
 #pragma unroll 4
     for (int64_t i = threadIdx.x; i < row_words; i += kWarp) to[i] = from[i];
   }
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
 
 template <class Word>
 bool fits(const GatherTokensArgs& a) {
-  const uint64_t bits = reinterpret_cast<uintptr_t>(a.tokens) | reinterpret_cast<uintptr_t>(a.out) |
+  const uint64_t bits = reinterpret_cast<uintptr_t>(a.rows) | reinterpret_cast<uintptr_t>(a.out) |
                         static_cast<uint64_t>(a.batch_bytes) |
                         static_cast<uint64_t>(a.token_bytes) | static_cast<uint64_t>(a.row_bytes);
   return bits % sizeof(Word) == 0;
@@ -46,8 +45,8 @@ void launch(const GatherTokensArgs& a, cudaStream_t stream) {
   const int64_t blocks = (rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
   const unsigned grid = static_cast<unsigned>(blocks < (1 << 20) ? blocks : (1 << 20));
   gather_rows<Word><<<grid, dim3(kWarp, kWarpsPerBlock), 0, stream>>>(
-      static_cast<const char*>(a.tokens), a.batch_bytes, a.token_bytes,
-      a.row_bytes / static_cast<int64_t>(sizeof(Word)), a.tokens_count, a.visible, rows, a.ids,
+      static_cast<const char*>(a.rows), a.batch_bytes, a.token_bytes,
+      a.row_bytes / static_cast<int64_t>(sizeof(Word)), a.tokens, a.visible, rows, a.ids,
       static_cast<Word*>(a.out));
 }
 
