@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sma_fast import ops
+from sma_fast import _check, ops
 
 # Self-guided masking, as the SMA authors' class
 
@@ -60,11 +60,11 @@ class RandomlySelectedCrossAttentionMasking:
         head_aggregation: str = "mean",
         **kwargs: Any,
     ) -> None:
-        ops._check_ratio("masking_ratio", masking_ratio)
+        _check.ratio("masking_ratio", masking_ratio)
         if not isinstance(num_per_query, (int, float)) or not num_per_query > 0:
             raise ValueError(f"num_per_query: got {num_per_query!r}, allowed is a number above 0")
-        ops._check_ratio("select_initial_ratio", select_initial_ratio or 0.0)
-        ops._check_choice("head_aggregation", head_aggregation, ("mean", "random_mix"))
+        _check.ratio("select_initial_ratio", select_initial_ratio or 0.0)
+        _check.choice("head_aggregation", head_aggregation, ("mean", "random_mix"))
         self.masking_ratio = masking_ratio
         self.num_per_query = num_per_query
         self.exclude_seen_reconstruction = exclude_seen_reconstruction
@@ -76,7 +76,7 @@ class RandomlySelectedCrossAttentionMasking:
 
     def set_noise_scale(self, noise_scale: float) -> None:
         """Sets the annealing's a, in [0, 1]: 0 masks by attention only."""
-        ops._check_ratio("noise_scale", noise_scale)
+        _check.ratio("noise_scale", noise_scale)
         self.noise_schedule_scale = noise_scale
 
     def __call__(
@@ -102,12 +102,12 @@ class RandomlySelectedCrossAttentionMasking:
             head_index: (B, M) heads instead of random ones, for "random_mix".
             noise: (B, N) float32 in [0, 1): annealing draws the lowest.
         """
-        ops._check_tensor("attentions", attentions, 4, "(B, H, M, N)", ops._FLOATS)
+        _check.tensor("attentions", attentions, 4, "(B, H, M, N)", _check.FLOATS)
         batch, heads, queries, tokens = attentions.shape
         optional = {} if loss_mask is None else {"loss_mask": loss_mask}
         for name, mask in ({"attention_mask": attention_mask} | optional).items():
-            ops._check_tensor(name, mask, 2, "(B, N)")
-            ops._check_device(name, mask, attentions)
+            _check.tensor(name, mask, 2, "(B, N)")
+            _check.device(name, mask, attentions)
             if mask.shape[0] != batch or mask.shape[1] != tokens:
                 given = f"shape {tuple(mask.shape)}"
                 raise ValueError(f"{name}: got {given}, allowed is ({batch}, {tokens})")
@@ -117,13 +117,13 @@ class RandomlySelectedCrossAttentionMasking:
         padding = attention_mask != 1
         if query_index is None:
             query_index = self._draw_queries(attentions, padding)
-        query_index = ops._query_index(query_index, batch, queries, attentions)
+        query_index = _check.query_index(query_index, batch, queries, attentions)
         if self.head_aggregation == "mean":
             head_index = None
         elif head_index is None:
             head_index = torch.randint(heads, query_index.shape, device=attentions.device)
         else:
-            head_index = ops._head_index(head_index, "mean", batch, queries, None, attentions)
+            head_index = _check.head_index(head_index, "mean", batch, queries, None, attentions)
             head_index = head_index.gather(1, query_index.clamp(0, queries - 1))
         scores = ops.aggregate_attention(
             attentions, query_index=query_index, head_index=head_index, logits=True
@@ -168,8 +168,9 @@ class RandomlySelectedCrossAttentionMasking:
             pool_ratio = ratio + (initial - ratio) * self.noise_schedule_scale
             number = count(min(ratio, pool_ratio))
             return _top(scores, number, padding, pool_ratio=pool_ratio, noise=noise)
-        noise = ops._rand(*scores.shape, None, scores.device) if noise is None else noise
-        ops._check_noise(noise, *scores.shape, scores)
+        if noise is None:
+            noise = torch.rand(scores.shape, dtype=torch.float32, device=scores.device)
+        _check.noise(noise, *scores.shape, scores)
         # not random_fraction: that rounds the sum of the two numbers, theirs each of them
         random_share = initial * self.noise_schedule_scale
         num_top = count(ratio * (1 - random_share))
@@ -198,7 +199,7 @@ def mae_random_masking(x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Te
 
     Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
-    ops._check_tensor("x", x, -2, "(B, N, C)")
+    _check.tensor("x", x, -2, "(B, N, C)")
     return ops.random_masking(x, mask_ratio)
 
 
@@ -212,9 +213,9 @@ def hf_random_masking(
         noise: (B, N) floats, on any device; the lowest are kept. Default: drawn.
         mask_ratio: share of the tokens to mask, in [0, 1]. After `patch` it is the config's.
     """
-    ops._check_tensor("sequence", sequence, -2, "(B, N, C)")
+    _check.tensor("sequence", sequence, -2, "(B, N, C)")
     if noise is not None:
-        ops._check_tensor("noise", noise, 2, "(B, N)", ops._FLOATS)
+        _check.tensor("noise", noise, 2, "(B, N)", _check.FLOATS)
         if noise.dtype != torch.float32:
             # ranks: float32 of float64 noise could have ties, and so another mask than theirs
             noise = noise.argsort(dim=1).argsort(dim=1).float() / max(noise.shape[1], 1)
@@ -238,9 +239,9 @@ def timm_patch_dropout_forward(
         (B, P + V, ...) with V = max(1, int(N (1 - prob))), and (B, V) int64 ascending, counted
         behind the prefix; or `x` itself and None where nothing is dropped.
     """
-    ops._check_tensor("x", x, -2, "(B, P + N, ...)")
-    ops._check_ratio("prob", prob)
-    ops._check_count("num_prefix_tokens", num_prefix_tokens, None)
+    _check.tensor("x", x, -2, "(B, P + N, ...)")
+    _check.ratio("prob", prob)
+    _check.count("num_prefix_tokens", num_prefix_tokens, None)
     if not training or prob == 0:
         return x, None
     batch, prefix = x.shape[0], min(num_prefix_tokens, x.shape[1])
@@ -273,8 +274,8 @@ def lightly_random_token_mask(
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise TypeError(f"size: got {size!r}, allowed is (B, N)")
     for count in size:
-        ops._check_count("size", count, None)
-    ops._check_ratio("mask_ratio", mask_ratio)
+        _check.count("size", count, None)
+    _check.ratio("mask_ratio", mask_ratio)
     batch, tokens = size
     keep_first = tokens > 0 and not mask_class_token
     num_keep = int((tokens - keep_first) * (1 - mask_ratio)) + keep_first

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sma_fast import ops
+from sma_fast import _check, ops
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,8 @@ class SMAMasking:
             raise ValueError(f"num_per_query: got {self.num_per_query}, allowed is at least 1")
         if self.num_queries is not None and self.num_queries < 1:
             raise ValueError(f"num_queries: got {self.num_queries}, allowed is at least 1")
-        if self.head_reduce not in ("mean", "sum", "random"):
-            raise ValueError(
-                f"head_reduce: got {self.head_reduce!r}, allowed is 'mean', 'sum', 'random'"
-            )
-        if self.mask not in ("guided", "random"):
-            raise ValueError(f"mask: got {self.mask!r}, allowed is 'guided', 'random'")
+        _check.choice("head_reduce", self.head_reduce, ("mean", "sum", "random"))
+        _check.choice("mask", self.mask, ("guided", "random"))
 
     def count_queries(self, tokens: int, queries: int) -> int:
         """Returns R for N tokens (padded length) and M queries: at least 1, at most M.
