@@ -4,6 +4,7 @@ Shared by `sma_fast.ops`, `sma_fast.compat` and `sma_fast.masking`, which call t
 ``_check.tensor(...)``. What runs here runs in every call, so it stays cheap.
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -18,10 +19,17 @@ def tensor(name: str, x: Tensor, rank: int, shape: str, dtypes: Sequence[torch.d
     """`rank` below 0 is the least rank allowed, with its sign turned."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, allowed is a tensor {shape}")
+    dense(name, x)
     if x.dim() != rank and (rank > 0 or x.dim() < -rank):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed is {shape}")
     if dtypes:
         dtype(name, x, dtypes)
+
+
+def dense(name: str, x: Tensor) -> None:
+    if x.layout is not torch.strided or x.is_nested:  # a nested one may be strided too
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").strip("_")
+        raise TypeError(f"{name}: got a {kind} tensor, allowed is a dense one")
 
 
 def dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -49,6 +57,12 @@ def noise(noise: Tensor, batch: int, tokens: int, like: Tensor) -> None:
     if noise.shape[0] != batch or noise.shape[1] != tokens:
         raise ValueError(f"noise: got shape {tuple(noise.shape)}, allowed is ({batch}, {tokens})")
     device("noise", noise, like)
+
+
+def attention_map(name: str, x: Tensor) -> None:
+    tensor(name, x, 4, "(B, H, M, N)", FLOATS)
+    if x.shape[1] == 0:
+        raise ValueError(f"{name}: got 0 heads, allowed is at least 1")
 
 
 def ids(name: str, ids: Tensor, shape: str, tokens: Tensor) -> None:
@@ -89,6 +103,11 @@ def choice(name: str, value: str, allowed: Sequence[str]) -> None:
 def flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, allowed is True or False")
+
+
+def number(name: str, value: float) -> None:
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed is a number")
 
 
 def ratio(name: str, value: float, low: float = 0.0) -> None:
@@ -141,6 +160,19 @@ def agree(name: str, given: int | None, known: int) -> int:
 # Checks that also return the argument as the ops take it
 
 
+def named_device(value: torch.device | str | int | None) -> torch.device | None:
+    if value is None or isinstance(value, torch.device):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(
+            f"device: got {type(value).__name__}, allowed is a torch.device, its name or None"
+        )
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise ValueError(f"device: got {value!r}, allowed is a device that torch has") from None
+
+
 def same_dtype(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     # under autocast latents often stay float32 beside bfloat16 keys: a matmul would take both down
     if query.dtype == key.dtype:
@@ -157,8 +189,9 @@ def scale(scale: float | None, query: Tensor) -> float:
         return query.shape[3] ** -0.5
     if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale: got {type(scale).__name__}, allowed is a finite float")
-    if not -float("inf") < scale < float("inf"):
-        raise ValueError(f"scale: got {scale}, allowed is a finite float")
+    if not -sys.float_info.max <= scale <= sys.float_info.max:
+        given = "an int that no float holds" if isinstance(scale, int) else scale
+        raise ValueError(f"scale: got {given}, allowed is a finite float")
     return scale
 
 
@@ -169,6 +202,7 @@ def query_index(index: Tensor | None, batch: int, queries: int, like: Tensor) ->
         raise TypeError(
             f"query_index: got {type(index).__name__}, allowed is a tensor (B, R) or (R,)"
         )
+    dense("query_index", index)
     dtype("query_index", index, INTS)
     if index.dim() == 1:
         index = index.unsqueeze(0).expand(batch, -1)

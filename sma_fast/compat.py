@@ -27,10 +27,11 @@ class RandomlySelectedCrossAttentionMasking:
 
     Called as the SMA authors' class, it masks the same tokens given the same draws, without a loop
     over samples or a wait for the device. It differs where theirs fails: at least one query is
-    drawn, more than there are raise, one token of a row stays visible, padding may stand anywhere
-    and is never masked, `mask_self` masks the drawn tokens whatever the scores, for fixed lengths
-    too. Numbers are rounded in float64 (half to even), theirs in float32 where rows are ragged:
-    r = .15 of 190 tokens masks 28 here and 29 there. M = N means self-attention, as there.
+    drawn, and a number above M raises ValueError where theirs silently takes all M; one token of a
+    row stays visible; padding may stand anywhere and is never masked; `mask_self` masks the drawn
+    tokens whatever the scores, for fixed lengths too. Numbers are rounded in float64 (half to
+    even), theirs in float32 where rows are ragged: r = .15 of 190 tokens masks 28 here and 29
+    there. M = N means self-attention, as there.
 
     Args:
         masking_ratio: share r of a row's n valid tokens to mask, in [0, 1].
@@ -61,9 +62,11 @@ class RandomlySelectedCrossAttentionMasking:
         **kwargs: Any,
     ) -> None:
         _check.ratio("masking_ratio", masking_ratio)
-        if not isinstance(num_per_query, (int, float)) or not num_per_query > 0:
+        _check.number("num_per_query", num_per_query)
+        if not num_per_query > 0:
             raise ValueError(f"num_per_query: got {num_per_query!r}, allowed is a number above 0")
         _check.ratio("select_initial_ratio", select_initial_ratio or 0.0)
+        _check.flag("mask_self", mask_self)
         _check.choice("head_aggregation", head_aggregation, ("mean", "random_mix"))
         self.masking_ratio = masking_ratio
         self.num_per_query = num_per_query
@@ -102,7 +105,7 @@ class RandomlySelectedCrossAttentionMasking:
             head_index: (B, M) heads instead of random ones, for "random_mix".
             noise: (B, N) float32 in [0, 1): annealing draws the lowest.
         """
-        _check.tensor("attentions", attentions, 4, "(B, H, M, N)", _check.FLOATS)
+        _check.attention_map("attentions", attentions)
         batch, heads, queries, tokens = attentions.shape
         optional = {} if loss_mask is None else {"loss_mask": loss_mask}
         for name, mask in ({"attention_mask": attention_mask} | optional).items():
@@ -273,6 +276,7 @@ def lightly_random_token_mask(
     """
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise TypeError(f"size: got {size!r}, allowed is (B, N)")
+    device = _check.named_device(device)
     for count in size:
         _check.count("size", count, None)
     _check.ratio("mask_ratio", mask_ratio)

@@ -135,7 +135,7 @@ def aggregate_attention(
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
-    _check.tensor("attention", attention, 4, "(B, H, M, N)", _check.FLOATS)
+    _check.attention_map("attention", attention)
     batch, _, queries, _ = attention.shape
     query_index = _check.query_index(query_index, batch, queries, attention)
     head_index = _check.head_index(head_index, head_reduce, batch, queries, query_index, attention)
@@ -188,6 +188,7 @@ def select_tokens(
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
     _check.tensor("scores", scores, 2, "(B, N)", _check.FLOATS)
+    _check.generator(generator)
     batch, tokens = scores.shape
     num_masked, num_masked_rows = _check.masked_counts(mask_ratio, num_masked, max_masked, scores)
     _check.mask("key_padding_mask", key_padding_mask, (batch, tokens), scores)
@@ -255,6 +256,7 @@ def restore_tokens(visible: Tensor, ids_restore: Tensor, fill: Tensor) -> Tensor
     _check.ids("ids_restore", ids_restore, "(B, N)", visible)
     if not isinstance(fill, Tensor):
         raise TypeError(f"fill: got {type(fill).__name__}, allowed is a tensor (C,) or (B, K, C)")
+    _check.dense("fill", fill)
     batch, _, width = visible.shape
     per_token = fill.dim() == 3 and fill.shape[0] == batch and fill.shape[2] == width
     if not (per_token or (fill.dim() == 1 and fill.shape[0] == width)):
@@ -289,7 +291,8 @@ def draw_queries(
         num_candidates: M. Not needed with `padding_mask`.
         padding_mask: (B, M) bool, True = padding, never drawn.
         generator: for the draws. Default: torch's global one.
-        device: of the result. Default: that of `padding_mask` or `num_queries`, else the CPU.
+        device: of the result. Default: that of `padding_mask` or `num_queries`, else torch's
+            default device.
 
     Returns:
         (B, R) int64, ascending, -1 behind a row's own number; R = max(num_queries, 1), or M where
@@ -300,13 +303,15 @@ def draw_queries(
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
+    _check.generator(generator)
+    device = _check.named_device(device)
     rows = num_queries if isinstance(num_queries, Tensor) else None
     if padding_mask is not None:
         _check.tensor("padding_mask", padding_mask, 2, "(B, M)", (torch.bool,))
         batch = _check.agree("batch", batch, padding_mask.shape[0])
         num_candidates = _check.agree("num_candidates", num_candidates, padding_mask.shape[1])
-        device = device or padding_mask.device
-        if torch.device(device).type != padding_mask.device.type:
+        device = padding_mask.device if device is None else device
+        if device.type != padding_mask.device.type:
             raise ValueError(
                 f"padding_mask: is on {padding_mask.device}, allowed is device={device}"
             )
@@ -316,7 +321,7 @@ def draw_queries(
             batch = rows.shape[0]
         if rows.shape[0] != batch:
             raise ValueError(f"num_queries: got shape {tuple(rows.shape)}, allowed is ({batch},)")
-        device = device or rows.device
+        device = rows.device if device is None else device
     if batch is None or num_candidates is None:
         missing = "batch" if batch is None else "num_candidates"
         raise ValueError(f"{missing}: got None, allowed is an int where no padding_mask gives it")
@@ -369,8 +374,8 @@ def self_guided_masking(
             drawn where there is one. Give this or `query_index`.
         query_index: (B, R) or (R,) integers in [-1, M), the queries to use.
         head_index: (B, R) integers in [0, H), one head for each query.
-        query_padding_mask: (B, M) bool, True = padding, never drawn. Default for M = N
-            self-attention with ``mask_queries``: `key_padding_mask`.
+        query_padding_mask: (B, M) bool, True = padding, never drawn; not with `query_index`.
+            Default for M = N self-attention with ``mask_queries``: `key_padding_mask`.
         mask_queries: self-attention (M = N): mask the drawn tokens before all others, as if their
             scores were +inf; a random share may still take others instead.
         head_reduce: "mean", "sum", or "random", which draws `head_index`.
@@ -402,6 +407,7 @@ def self_guided_masking(
     _check.ratio("mask_ratio", mask_ratio)
     _check.mask("key_padding_mask", key_padding_mask, (batch, count), key)
     _check.mask("query_padding_mask", query_padding_mask, (batch, queries), key)
+    _check.generator(generator)
     _check.flag("mask_queries", mask_queries)
     _check.choice("head_reduce", head_reduce, ("mean", "sum", "random"))
     if mask_queries and queries != count:
@@ -416,6 +422,11 @@ def self_guided_masking(
             + ", allowed is exactly one"
         )
     if query_index is not None:
+        if query_padding_mask is not None:
+            raise ValueError(
+                "query_padding_mask: got a tensor, allowed is None with query_index, which says "
+                "what is drawn"
+            )
         query_index = _check.query_index(query_index, batch, queries, key)
         selected = query_index.shape[1]
     elif isinstance(num_queries, Tensor):
@@ -495,6 +506,7 @@ def random_masking(
     """
     _check.tensor("tokens", tokens, -2, "(B, N, ...)")
     _check.ratio("mask_ratio", mask_ratio)
+    _check.generator(generator)
     batch, count = tokens.shape[:2]
     if noise is None:
         noise = _rand(batch, count, generator, tokens.device)
@@ -526,9 +538,8 @@ def _noise(
 
 
 def _rand(
-    batch: int, width: int, generator: torch.Generator | None, device: torch.device | str | None
+    batch: int, width: int, generator: torch.Generator | None, device: torch.device | None
 ) -> Tensor:
-    _check.generator(generator)
     if generator is None:  # the overload that takes one refuses symbolic sizes
         return torch.rand(batch, width, dtype=torch.float32, device=device)
     return torch.rand((batch, width), generator=generator, dtype=torch.float32, device=device)
@@ -537,7 +548,6 @@ def _rand(
 def _randint(
     high: int, shape: Sequence[int], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    _check.generator(generator)
     if generator is None:
         return torch.randint(high, shape, device=device)
     return torch.randint(high, shape, generator=generator, device=device)
