@@ -46,6 +46,9 @@ class RandomlySelectedCrossAttentionMasking:
         head_aggregation: "mean", or "random_mix", one random head for each query.
         relative_noise, kwargs: not used, as there.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
 
@@ -78,7 +81,7 @@ class RandomlySelectedCrossAttentionMasking:
         self.head_aggregation = head_aggregation
 
     def set_noise_scale(self, noise_scale: float) -> None:
-        """Sets the annealing's a, in [0, 1]: 0 masks by attention only."""
+        """Sets the annealing's a, 0 to mask by attention only; outside [0, 1] a ValueError."""
         _check.ratio("noise_scale", noise_scale)
         self.noise_schedule_scale = noise_scale
 
@@ -104,6 +107,14 @@ class RandomlySelectedCrossAttentionMasking:
             query_index: (B, R) queries instead of random ones, -1 behind a row's own number.
             head_index: (B, M) heads instead of random ones, for "random_mix".
             noise: (B, N) float32 in [0, 1): annealing draws the lowest.
+
+        Returns:
+            dict of `attentions` (B, H, M, N) after the softmax, `inputs`, `attention_mask`,
+            `loss_mask` and what else was given, the masks being the tensors given.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed; too
+                many queries as `num_per_query`.
         """
         _check.attention_map("attentions", attentions)
         batch, heads, queries, tokens = attentions.shape
@@ -192,6 +203,13 @@ def _top(scores: Tensor, num_masked: Tensor, padding: Tensor, **pool: Any) -> Te
 def mae_random_masking(x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (x_masked, mask, ids_restore), as `random_masking` of facebookresearch/mae.
 
+    Equivalent PyTorch::
+
+        keep = int(x.shape[1] * (1 - mask_ratio))
+        ids_visible = torch.rand(x.shape[:2]).argsort(1)[:, :keep].sort(1).values  # (B, V)
+        x_masked = x.take_along_dim(ids_visible[:, :, None], 1)
+        mask = torch.ones(x.shape[:2]).scatter(1, ids_visible, 0.0)
+
     Args:
         x: (B, N, C), any dtype; differentiable.
         mask_ratio: share of the tokens to mask, in [0, 1].
@@ -199,6 +217,9 @@ def mae_random_masking(x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Te
     Returns:
         x_masked (B, int(N (1 - mask_ratio)), C) in raster order; mask (B, N) float32, 1 = masked;
         ids_restore (B, N) int64.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
 
     Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
@@ -211,10 +232,25 @@ def hf_random_masking(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what `mae_random_masking` does, as transformers' `ViTMAEEmbeddings.random_masking`.
 
+    Equivalent PyTorch, beside that of `mae_random_masking`::
+
+        keep = int(sequence.shape[1] * (1 - mask_ratio))
+        ids_visible = noise.argsort(1)[:, :keep].sort(1).values  # (B, V)
+        sequence_masked = sequence.take_along_dim(ids_visible[:, :, None], 1)
+
     Args:
         sequence: (B, N, C), any dtype; differentiable.
         noise: (B, N) floats, on any device; the lowest are kept. Default: drawn.
         mask_ratio: share of the tokens to mask, in [0, 1]. After `patch` it is the config's.
+
+    Returns:
+        sequence_masked (B, int(N (1 - mask_ratio)), C) in raster order; mask (B, N) float32,
+        1 = masked; ids_restore (B, N) int64.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
     _check.tensor("sequence", sequence, -2, "(B, N, C)")
     if noise is not None:
@@ -231,9 +267,16 @@ def timm_patch_dropout_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (tokens kept, keep_indices), as `timm.layers.patch_dropout_forward`.
 
+    Equivalent PyTorch, in training, for (B, P + N, C) `x`::
+
+        prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+        num_keep = max(1, int(patches.shape[1] * (1 - prob)))
+        keep_indices = torch.randn(patches.shape[:2]).argsort(1)[:, :num_keep].sort(1).values
+        kept = torch.cat([prefix, patches.take_along_dim(keep_indices[:, :, None], 1)], 1)
+
     Args:
         x: (B, P + N, ...), any dtype; differentiable.
-        prob: share of the N patch tokens to drop, in [0, 1] (Patch Dropout, arXiv 2208.07220).
+        prob: share of the N patch tokens to drop, in [0, 1].
         num_prefix_tokens: P leading tokens that always stay.
         ordered: taken and not used: the tokens kept are in raster order either way.
         training: False: nothing is dropped.
@@ -241,6 +284,11 @@ def timm_patch_dropout_forward(
     Returns:
         (B, P + V, ...) with V = max(1, int(N (1 - prob))), and (B, V) int64 ascending, counted
         behind the prefix; or `x` itself and None where nothing is dropped.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Source: PatchDropout (arXiv 2208.07220).
     """
     _check.tensor("x", x, -2, "(B, P + N, ...)")
     _check.ratio("prob", prob)
@@ -265,6 +313,16 @@ def lightly_random_token_mask(
 ) -> tuple[Tensor, Tensor]:
     """Returns (idx_keep, idx_mask), as `lightly.models.utils.random_token_mask`.
 
+    Equivalent PyTorch::
+
+        first = 0 if mask_class_token else 1  # tokens that always stay
+        noise = torch.rand(size)
+        noise[:, :first] = -1
+        order = noise.argsort(1)
+        num_keep = first + int((size[1] - first) * (1 - mask_ratio))
+        idx_keep = order[:, :num_keep].sort(1).values
+        idx_mask = order[:, num_keep:].sort(1).values
+
     Args:
         size: (B, N).
         mask_ratio: share of the tokens to mask, in [0, 1].
@@ -273,6 +331,11 @@ def lightly_random_token_mask(
 
     Returns:
         (B, V) and (B, N - V) int64, each ascending.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise TypeError(f"size: got {size!r}, allowed is (B, N)")
@@ -306,7 +369,11 @@ def patch(model: nn.Module | ModuleType) -> list[str]:
             ``random_token_mask``, but not where that was imported from it before.
 
     Returns:
-        What sma_fast answers now, as ["vit.embeddings.random_masking"]. Nothing is a ValueError.
+        What sma_fast answers now, as ["vit.embeddings.random_masking"].
+
+    Raises:
+        TypeError: where `model` is neither.
+        ValueError: where there is nothing to replace in it.
     """
     if not isinstance(model, (nn.Module, ModuleType)):
         raise TypeError(f"model: got {type(model).__name__}, allowed is an nn.Module or a module")
@@ -327,7 +394,11 @@ def patch(model: nn.Module | ModuleType) -> list[str]:
 
 
 def unpatch(model: nn.Module | ModuleType) -> None:
-    """Takes back what `patch` replaced in `model`."""
+    """Takes back what `patch` replaced in `model`, and returns nothing.
+
+    Args:
+        model: as given to `patch`, or a copy of it; what was not patched stays as it is.
+    """
     if isinstance(model, ModuleType):
         if hasattr(model, "_before_sma_fast"):
             model.random_token_mask = vars(model).pop("_before_sma_fast")

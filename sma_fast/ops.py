@@ -69,10 +69,11 @@ def attention_scores(
 ) -> Tensor:
     """Returns the attention each key receives from the selected queries, never storing the map.
 
-    Equivalent PyTorch, without padding::
+    Equivalent PyTorch, without padding, for (B, R) `query_index`::
 
         attention = (scale * query @ key.transpose(2, 3)).softmax(3)  # (B, H, M, N)
-        attention[:, :, query_index].sum(2).mean(1)                   # (B, N)
+        rows = attention.take_along_dim(query_index[:, None, :, None], 2)  # (B, H, R, N)
+        scores = rows.sum(2).mean(1)  # (B, N)
 
     Args:
         query: (B or 1, H, M, D), float32, bfloat16, float16 or float64. 1: the same latents for
@@ -117,7 +118,10 @@ def aggregate_attention(
 ) -> Tensor:
     """Returns the attention each key receives, from a map that already exists.
 
-    Equivalent PyTorch: ``attention[:, :, query_index].sum(2).mean(1)``.
+    Equivalent PyTorch, for (B, R) `query_index`::
+
+        rows = attention.take_along_dim(query_index[:, None, :, None], 2)  # (B, H, R, N)
+        scores = rows.sum(2).mean(1)  # (B, N)
 
     Args:
         attention: (B, H, M, N), float32, bfloat16, float16 or float64.
@@ -159,9 +163,14 @@ def select_tokens(
     """Returns which tokens are masked: those with the highest scores of each row.
 
     Ties go to the lowest index, NaN counts as -inf. A row masks ``round(mask_ratio * n_valid)``
-    tokens (float64, half to even) or ``min(num_masked, n_valid)``. Equivalent PyTorch, without
-    padding and ties: ``scores.topk(num_masked).indices``, then ``sort``, ``scatter`` and
-    ``nonzero``.
+    tokens (float64, half to even) or ``min(num_masked, n_valid)``.
+
+    Equivalent PyTorch, without padding and ties::
+
+        ids_masked = scores.topk(num_masked).indices.sort().values  # (B, K)
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids_masked, True)
+        ids_visible = (~mask).nonzero()[:, 1].view(len(scores), -1)  # (B, V)
+        ids_restore = torch.cat([ids_visible, ids_masked], 1).argsort(1)  # (B, N)
 
     Args:
         scores: (B, N), float32, bfloat16, float16 or float64.
@@ -211,7 +220,9 @@ def select_tokens(
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """Returns the tokens at `ids`, zeros where the id is -1. Differentiable, twice.
 
-    Equivalent PyTorch, without -1: ``tokens.gather(1, ids[:, :, None].expand(-1, -1, C))``.
+    Equivalent PyTorch, without -1, for (B, N, C) `tokens`::
+
+        gathered = tokens.take_along_dim(ids[:, :, None], 1)
 
     Args:
         tokens: (B, N, ...), any dtype.
@@ -236,8 +247,9 @@ def restore_tokens(visible: Tensor, ids_restore: Tensor, fill: Tensor) -> Tensor
     Position j takes row ``ids_restore[j]`` of ``cat([visible, fill], 1)``; -1 (padding) gives
     zeros. Differentiable, twice. Mixed dtypes are promoted as ``torch.cat`` does.
 
-    Equivalent PyTorch, without padding: ``cat([visible, fill.expand(B, K, C)], 1)`` gathered by
-    ids_restore.
+    Equivalent PyTorch, without padding, for (B, K, C) `fill`::
+
+        tokens = torch.cat([visible, fill], 1).take_along_dim(ids_restore[:, :, None], 1)
 
     Args:
         visible: (B, V, C), float32, bfloat16, float16 or float64.
@@ -282,7 +294,9 @@ def draw_queries(
 ) -> Tensor:
     """Returns queries drawn for each sample, uniformly and without replacement.
 
-    Equivalent PyTorch for one sample: ``torch.randperm(num_candidates)[:num_queries].sort()``.
+    Equivalent PyTorch, for each sample::
+
+        queries = torch.randperm(num_candidates)[:num_queries].sort().values  # (R,)
 
     Args:
         num_queries: how many, an int, or (B,) integers for each sample; a sample with any
@@ -359,7 +373,7 @@ def self_guided_masking(
 
     Equivalent PyTorch::
 
-        index = draw_queries(num_queries, batch=B, num_candidates=M)
+        index = draw_queries(num_queries, batch=key.shape[0], num_candidates=query.shape[2])
         scores = attention_scores(query, key, query_index=index)
         selection = select_tokens(scores, mask_ratio=mask_ratio)
         visible = [gather_tokens(x, selection.ids_visible) for x in tokens]
@@ -487,8 +501,14 @@ def random_masking(
     """Returns (visible, mask, ids_restore): MAE's random masking, visible tokens in raster order.
 
     Keeps the int(N (1 - mask_ratio)) tokens of lowest noise. ``cat([visible, mask tokens], 1)``
-    gathered by ids_restore restores the order, as in MAE. Equivalent PyTorch:
-    ``noise.argsort(1)[:, :keep].sort(1).values``, then ``gather``.
+    gathered by ids_restore restores the order, as in MAE.
+
+    Equivalent PyTorch, for (B, N, C) `tokens`::
+
+        keep = int(tokens.shape[1] * (1 - mask_ratio))
+        ids_visible = noise.argsort(1)[:, :keep].sort(1).values  # (B, V)
+        visible = tokens.take_along_dim(ids_visible[:, :, None], 1)
+        mask = torch.ones_like(noise).scatter(1, ids_visible, 0.0)
 
     Args:
         tokens: (B, N, ...), any dtype; differentiable.

@@ -100,6 +100,9 @@ class SMAMasking:
 
         Returns:
             SelfGuidedMasking.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
         return ops.self_guided_masking(
             query,
@@ -128,6 +131,9 @@ class SMAMasking:
 
         Returns:
             TokenSelection.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
         _check.generator(generator)
         drawn = {} if generator is None else {"generator": generator}  # torch.compile takes no None
