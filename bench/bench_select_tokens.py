@@ -6,6 +6,7 @@ import pytest
 
 import sma_fast
 from bench import checks, harness, peers, roofline, shapes
+from sma_fast.testing import assert_same_selection
 
 
 def set_up(settings: harness.Settings, name: str) -> harness.Case:
@@ -20,7 +21,7 @@ def set_up(settings: harness.Settings, name: str) -> harness.Case:
 
     def check(answer, is_ours):
         if is_ours:
-            checks.same_selection(answer, wanted)
+            assert_same_selection(answer, wanted)
             return
         mask, ids_visible = answer
         checks.mask(mask, wanted.mask, scores, padding, tolerance=0.0)

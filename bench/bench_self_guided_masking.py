@@ -6,6 +6,7 @@ import pytest
 
 import sma_fast
 from bench import checks, harness, peers, roofline, shapes
+from sma_fast.testing import assert_consistent
 
 
 def set_up(settings: harness.Settings, name: str, *, drawn: bool = False) -> harness.Case:
@@ -34,7 +35,7 @@ def set_up(settings: harness.Settings, name: str, *, drawn: bool = False) -> har
             if drawn:
                 right = harness.reference(functools.partial(given, query_index=answer.query_index))
             mask, ids = answer.selection.mask, answer.selection.ids_visible
-            checks.selection(answer.selection, inputs.padding)
+            assert_consistent(answer.selection, inputs.padding)
             answer = peers.Masked(answer.scores, mask, ids, answer.visible[0])
         tolerance = checks.tolerance(is_ours, settings.dtype)
         checks.scores(answer.scores, right.scores, tolerance)

@@ -1,6 +1,7 @@
 """Self-guided masking for masked autoencoders: from queries and keys to mask, ids and tokens."""
 
 from sma_fast._dispatch import backends, show_config, use_backend
+from sma_fast._version import __version__ as __version__
 from sma_fast.ops import (
     SelfGuidedMasking,
     TokenSelection,
@@ -13,8 +14,6 @@ from sma_fast.ops import (
     select_tokens,
     self_guided_masking,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SelfGuidedMasking",

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from sma_fast import reference
+from sma_fast import _native, reference
+from sma_fast._errors import Unavailable
 from sma_fast._schema import SCHEMAS, library
+from sma_fast._version import __version__
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -28,10 +30,6 @@ _TRITON_CHECKS = {
 _forced: str | None = None
 
 
-class Unavailable(Exception):
-    """Why a backend, or one op of it, cannot answer here."""
-
-
 def implementation(backend: str, op: str, device_type: str) -> Callable:
     """Returns the function of `backend` for `op`, or raises Unavailable with the reason."""
     if backend == "reference":
@@ -40,8 +38,6 @@ def implementation(backend: str, op: str, device_type: str) -> Callable:
         return _triton(op, device_type)
     if device_type != backend:
         raise Unavailable(f"backend {backend!r} does not run on device {device_type!r}")
-    from sma_fast import _native
-
     return _native.implementation(backend, op)
 
 
@@ -169,16 +165,13 @@ def show_config() -> None:
 
 def config_text() -> str:
     """Returns what `show_config` prints, a line for each fact."""
-    import sma_fast
-    from sma_fast import _native
-
     build = _native.build_info()
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
     lines = {
-        "sma_fast": sma_fast.__version__,
+        "sma_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,

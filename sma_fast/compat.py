@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sma_fast import ops
+from sma_fast import _check, ops
 
 # Self-guided masking, as the SMA authors' class
 
@@ -27,10 +27,11 @@ class RandomlySelectedCrossAttentionMasking:
 
     Called as the SMA authors' class, it masks the same tokens given the same draws, without a loop
     over samples or a wait for the device. It differs where theirs fails: at least one query is
-    drawn, more than there are raise, one token of a row stays visible, padding may stand anywhere
-    and is never masked, `mask_self` masks the drawn tokens whatever the scores, for fixed lengths
-    too. Numbers are rounded in float64 (half to even), theirs in float32 where rows are ragged:
-    r = .15 of 190 tokens masks 28 here and 29 there. M = N means self-attention, as there.
+    drawn, and a number above M raises ValueError where theirs silently takes all M; one token of a
+    row stays visible; padding may stand anywhere and is never masked; `mask_self` masks the drawn
+    tokens whatever the scores, for fixed lengths too. Numbers are rounded in float64 (half to
+    even), theirs in float32 where rows are ragged: r = .15 of 190 tokens masks 28 here and 29
+    there. M = N means self-attention, as there.
 
     Args:
         masking_ratio: share r of a row's n valid tokens to mask, in [0, 1].
@@ -44,6 +45,9 @@ class RandomlySelectedCrossAttentionMasking:
         mask_self: self-attention only: mask the drawn tokens before all others.
         head_aggregation: "mean", or "random_mix", one random head for each query.
         relative_noise, kwargs: not used, as there.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
@@ -60,11 +64,13 @@ class RandomlySelectedCrossAttentionMasking:
         head_aggregation: str = "mean",
         **kwargs: Any,
     ) -> None:
-        ops._check_ratio("masking_ratio", masking_ratio)
-        if not isinstance(num_per_query, (int, float)) or not num_per_query > 0:
+        _check.ratio("masking_ratio", masking_ratio)
+        _check.number("num_per_query", num_per_query)
+        if not num_per_query > 0:
             raise ValueError(f"num_per_query: got {num_per_query!r}, allowed is a number above 0")
-        ops._check_ratio("select_initial_ratio", select_initial_ratio or 0.0)
-        ops._check_choice("head_aggregation", head_aggregation, ("mean", "random_mix"))
+        _check.ratio("select_initial_ratio", select_initial_ratio or 0.0)
+        _check.flag("mask_self", mask_self)
+        _check.choice("head_aggregation", head_aggregation, ("mean", "random_mix"))
         self.masking_ratio = masking_ratio
         self.num_per_query = num_per_query
         self.exclude_seen_reconstruction = exclude_seen_reconstruction
@@ -75,8 +81,8 @@ class RandomlySelectedCrossAttentionMasking:
         self.head_aggregation = head_aggregation
 
     def set_noise_scale(self, noise_scale: float) -> None:
-        """Sets the annealing's a, in [0, 1]: 0 masks by attention only."""
-        ops._check_ratio("noise_scale", noise_scale)
+        """Sets the annealing's a, 0 to mask by attention only; outside [0, 1] a ValueError."""
+        _check.ratio("noise_scale", noise_scale)
         self.noise_schedule_scale = noise_scale
 
     def __call__(
@@ -101,13 +107,21 @@ class RandomlySelectedCrossAttentionMasking:
             query_index: (B, R) queries instead of random ones, -1 behind a row's own number.
             head_index: (B, M) heads instead of random ones, for "random_mix".
             noise: (B, N) float32 in [0, 1): annealing draws the lowest.
+
+        Returns:
+            dict of `attentions` (B, H, M, N) after the softmax, `inputs`, `attention_mask`,
+            `loss_mask` and what else was given, the masks being the tensors given.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed; too
+                many queries as `num_per_query`.
         """
-        ops._check_tensor("attentions", attentions, 4, "(B, H, M, N)", ops._FLOATS)
+        _check.attention_map("attentions", attentions)
         batch, heads, queries, tokens = attentions.shape
         optional = {} if loss_mask is None else {"loss_mask": loss_mask}
         for name, mask in ({"attention_mask": attention_mask} | optional).items():
-            ops._check_tensor(name, mask, 2, "(B, N)")
-            ops._check_device(name, mask, attentions)
+            _check.tensor(name, mask, 2, "(B, N)")
+            _check.device(name, mask, attentions)
             if mask.shape[0] != batch or mask.shape[1] != tokens:
                 given = f"shape {tuple(mask.shape)}"
                 raise ValueError(f"{name}: got {given}, allowed is ({batch}, {tokens})")
@@ -117,13 +131,13 @@ class RandomlySelectedCrossAttentionMasking:
         padding = attention_mask != 1
         if query_index is None:
             query_index = self._draw_queries(attentions, padding)
-        query_index = ops._query_index(query_index, batch, queries, attentions)
+        query_index = _check.query_index(query_index, batch, queries, attentions)
         if self.head_aggregation == "mean":
             head_index = None
         elif head_index is None:
             head_index = torch.randint(heads, query_index.shape, device=attentions.device)
         else:
-            head_index = ops._head_index(head_index, "mean", batch, queries, None, attentions)
+            head_index = _check.head_index(head_index, "mean", batch, queries, None, attentions)
             head_index = head_index.gather(1, query_index.clamp(0, queries - 1))
         scores = ops.aggregate_attention(
             attentions, query_index=query_index, head_index=head_index, logits=True
@@ -168,8 +182,9 @@ class RandomlySelectedCrossAttentionMasking:
             pool_ratio = ratio + (initial - ratio) * self.noise_schedule_scale
             number = count(min(ratio, pool_ratio))
             return _top(scores, number, padding, pool_ratio=pool_ratio, noise=noise)
-        noise = ops._rand(*scores.shape, None, scores.device) if noise is None else noise
-        ops._check_noise(noise, *scores.shape, scores)
+        if noise is None:
+            noise = torch.rand(scores.shape, dtype=torch.float32, device=scores.device)
+        _check.noise(noise, *scores.shape, scores)
         # not random_fraction: that rounds the sum of the two numbers, theirs each of them
         random_share = initial * self.noise_schedule_scale
         num_top = count(ratio * (1 - random_share))
@@ -188,6 +203,13 @@ def _top(scores: Tensor, num_masked: Tensor, padding: Tensor, **pool: Any) -> Te
 def mae_random_masking(x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (x_masked, mask, ids_restore), as `random_masking` of facebookresearch/mae.
 
+    Equivalent PyTorch::
+
+        keep = int(x.shape[1] * (1 - mask_ratio))
+        ids_visible = torch.rand(x.shape[:2]).argsort(1)[:, :keep].sort(1).values  # (B, V)
+        x_masked = x.take_along_dim(ids_visible[:, :, None], 1)
+        mask = torch.ones(x.shape[:2]).scatter(1, ids_visible, 0.0)
+
     Args:
         x: (B, N, C), any dtype; differentiable.
         mask_ratio: share of the tokens to mask, in [0, 1].
@@ -196,9 +218,12 @@ def mae_random_masking(x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Te
         x_masked (B, int(N (1 - mask_ratio)), C) in raster order; mask (B, N) float32, 1 = masked;
         ids_restore (B, N) int64.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
     Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
-    ops._check_tensor("x", x, -2, "(B, N, C)")
+    _check.tensor("x", x, -2, "(B, N, C)")
     return ops.random_masking(x, mask_ratio)
 
 
@@ -207,14 +232,29 @@ def hf_random_masking(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what `mae_random_masking` does, as transformers' `ViTMAEEmbeddings.random_masking`.
 
+    Equivalent PyTorch, beside that of `mae_random_masking`::
+
+        keep = int(sequence.shape[1] * (1 - mask_ratio))
+        ids_visible = noise.argsort(1)[:, :keep].sort(1).values  # (B, V)
+        sequence_masked = sequence.take_along_dim(ids_visible[:, :, None], 1)
+
     Args:
         sequence: (B, N, C), any dtype; differentiable.
         noise: (B, N) floats, on any device; the lowest are kept. Default: drawn.
         mask_ratio: share of the tokens to mask, in [0, 1]. After `patch` it is the config's.
+
+    Returns:
+        sequence_masked (B, int(N (1 - mask_ratio)), C) in raster order; mask (B, N) float32,
+        1 = masked; ids_restore (B, N) int64.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
-    ops._check_tensor("sequence", sequence, -2, "(B, N, C)")
+    _check.tensor("sequence", sequence, -2, "(B, N, C)")
     if noise is not None:
-        ops._check_tensor("noise", noise, 2, "(B, N)", ops._FLOATS)
+        _check.tensor("noise", noise, 2, "(B, N)", _check.FLOATS)
         if noise.dtype != torch.float32:
             # ranks: float32 of float64 noise could have ties, and so another mask than theirs
             noise = noise.argsort(dim=1).argsort(dim=1).float() / max(noise.shape[1], 1)
@@ -227,9 +267,16 @@ def timm_patch_dropout_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (tokens kept, keep_indices), as `timm.layers.patch_dropout_forward`.
 
+    Equivalent PyTorch, in training, for (B, P + N, C) `x`::
+
+        prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+        num_keep = max(1, int(patches.shape[1] * (1 - prob)))
+        keep_indices = torch.randn(patches.shape[:2]).argsort(1)[:, :num_keep].sort(1).values
+        kept = torch.cat([prefix, patches.take_along_dim(keep_indices[:, :, None], 1)], 1)
+
     Args:
         x: (B, P + N, ...), any dtype; differentiable.
-        prob: share of the N patch tokens to drop, in [0, 1] (Patch Dropout, arXiv 2208.07220).
+        prob: share of the N patch tokens to drop, in [0, 1].
         num_prefix_tokens: P leading tokens that always stay.
         ordered: taken and not used: the tokens kept are in raster order either way.
         training: False: nothing is dropped.
@@ -237,10 +284,15 @@ def timm_patch_dropout_forward(
     Returns:
         (B, P + V, ...) with V = max(1, int(N (1 - prob))), and (B, V) int64 ascending, counted
         behind the prefix; or `x` itself and None where nothing is dropped.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Source: PatchDropout (arXiv 2208.07220).
     """
-    ops._check_tensor("x", x, -2, "(B, P + N, ...)")
-    ops._check_ratio("prob", prob)
-    ops._check_count("num_prefix_tokens", num_prefix_tokens, None)
+    _check.tensor("x", x, -2, "(B, P + N, ...)")
+    _check.ratio("prob", prob)
+    _check.count("num_prefix_tokens", num_prefix_tokens, None)
     if not training or prob == 0:
         return x, None
     batch, prefix = x.shape[0], min(num_prefix_tokens, x.shape[1])
@@ -261,6 +313,16 @@ def lightly_random_token_mask(
 ) -> tuple[Tensor, Tensor]:
     """Returns (idx_keep, idx_mask), as `lightly.models.utils.random_token_mask`.
 
+    Equivalent PyTorch::
+
+        first = 0 if mask_class_token else 1  # tokens that always stay
+        noise = torch.rand(size)
+        noise[:, :first] = -1
+        order = noise.argsort(1)
+        num_keep = first + int((size[1] - first) * (1 - mask_ratio))
+        idx_keep = order[:, :num_keep].sort(1).values
+        idx_mask = order[:, num_keep:].sort(1).values
+
     Args:
         size: (B, N).
         mask_ratio: share of the tokens to mask, in [0, 1].
@@ -269,12 +331,18 @@ def lightly_random_token_mask(
 
     Returns:
         (B, V) and (B, N - V) int64, each ascending.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise TypeError(f"size: got {size!r}, allowed is (B, N)")
+    device = _check.named_device(device)
     for count in size:
-        ops._check_count("size", count, None)
-    ops._check_ratio("mask_ratio", mask_ratio)
+        _check.count("size", count, None)
+    _check.ratio("mask_ratio", mask_ratio)
     batch, tokens = size
     keep_first = tokens > 0 and not mask_class_token
     num_keep = int((tokens - keep_first) * (1 - mask_ratio)) + keep_first
@@ -301,7 +369,11 @@ def patch(model: nn.Module | ModuleType) -> list[str]:
             ``random_token_mask``, but not where that was imported from it before.
 
     Returns:
-        What sma_fast answers now, as ["vit.embeddings.random_masking"]. Nothing is a ValueError.
+        What sma_fast answers now, as ["vit.embeddings.random_masking"].
+
+    Raises:
+        TypeError: where `model` is neither.
+        ValueError: where there is nothing to replace in it.
     """
     if not isinstance(model, (nn.Module, ModuleType)):
         raise TypeError(f"model: got {type(model).__name__}, allowed is an nn.Module or a module")
@@ -322,7 +394,11 @@ def patch(model: nn.Module | ModuleType) -> list[str]:
 
 
 def unpatch(model: nn.Module | ModuleType) -> None:
-    """Takes back what `patch` replaced in `model`."""
+    """Takes back what `patch` replaced in `model`, and returns nothing.
+
+    Args:
+        model: as given to `patch`, or a copy of it; what was not patched stays as it is.
+    """
     if isinstance(model, ModuleType):
         if hasattr(model, "_before_sma_fast"):
             model.random_token_mask = vars(model).pop("_before_sma_fast")

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sma_fast import _dispatch  # noqa: F401  (registers the implementations)
+from sma_fast import (
+    _check,
+    _dispatch,  # noqa: F401  (registers the implementations)
+)
 
 _ops = torch.ops.sma_fast
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_REDUCE = ("mean", "sum", "none")
 
 
 class TokenSelection(NamedTuple):
@@ -69,10 +69,11 @@ def attention_scores(
 ) -> Tensor:
     """Returns the attention each key receives from the selected queries, never storing the map.
 
-    Equivalent PyTorch, without padding::
+    Equivalent PyTorch, without padding, for (B, R) `query_index`::
 
         attention = (scale * query @ key.transpose(2, 3)).softmax(3)  # (B, H, M, N)
-        attention[:, :, query_index].sum(2).mean(1)                   # (B, N)
+        rows = attention.take_along_dim(query_index[:, None, :, None], 2)  # (B, H, R, N)
+        scores = rows.sum(2).mean(1)  # (B, N)
 
     Args:
         query: (B or 1, H, M, D), float32, bfloat16, float16 or float64. 1: the same latents for
@@ -94,14 +95,14 @@ def attention_scores(
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
-    _check_query_key(query, key)
+    _check.query_key(query, key)
     batch, tokens = key.shape[0], key.shape[2]
-    query, key = _same_dtype(query, key)
-    query_index = _query_index(query_index, batch, query.shape[2], key)
-    head_index = _head_index(head_index, head_reduce, batch, query.shape[2], query_index, key)
-    _check_mask("key_padding_mask", key_padding_mask, (batch, tokens), key)
-    _check_choice("head_reduce", head_reduce, _REDUCE)
-    scale = _scale(scale, query)
+    query, key = _check.same_dtype(query, key)
+    query_index = _check.query_index(query_index, batch, query.shape[2], key)
+    head_index = _check.head_index(head_index, head_reduce, batch, query.shape[2], query_index, key)
+    _check.mask("key_padding_mask", key_padding_mask, (batch, tokens), key)
+    _check.choice("head_reduce", head_reduce, _check.REDUCE)
+    scale = _check.scale(scale, query)
     return _ops.attention_scores(
         query, key, query_index, head_index, key_padding_mask, scale, head_reduce
     )
@@ -117,7 +118,10 @@ def aggregate_attention(
 ) -> Tensor:
     """Returns the attention each key receives, from a map that already exists.
 
-    Equivalent PyTorch: ``attention[:, :, query_index].sum(2).mean(1)``.
+    Equivalent PyTorch, for (B, R) `query_index`::
+
+        rows = attention.take_along_dim(query_index[:, None, :, None], 2)  # (B, H, R, N)
+        scores = rows.sum(2).mean(1)  # (B, N)
 
     Args:
         attention: (B, H, M, N), float32, bfloat16, float16 or float64.
@@ -135,12 +139,12 @@ def aggregate_attention(
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
-    _check_tensor("attention", attention, 4, "(B, H, M, N)", _FLOATS)
+    _check.attention_map("attention", attention)
     batch, _, queries, _ = attention.shape
-    query_index = _query_index(query_index, batch, queries, attention)
-    head_index = _head_index(head_index, head_reduce, batch, queries, query_index, attention)
-    _check_choice("head_reduce", head_reduce, _REDUCE)
-    _check_bool("logits", logits)
+    query_index = _check.query_index(query_index, batch, queries, attention)
+    head_index = _check.head_index(head_index, head_reduce, batch, queries, query_index, attention)
+    _check.choice("head_reduce", head_reduce, _check.REDUCE)
+    _check.flag("logits", logits)
     return _ops.aggregate_attention(attention, query_index, head_index, head_reduce, logits)
 
 
@@ -159,9 +163,14 @@ def select_tokens(
     """Returns which tokens are masked: those with the highest scores of each row.
 
     Ties go to the lowest index, NaN counts as -inf. A row masks ``round(mask_ratio * n_valid)``
-    tokens (float64, half to even) or ``min(num_masked, n_valid)``. Equivalent PyTorch, without
-    padding and ties: ``scores.topk(num_masked).indices``, then ``sort``, ``scatter`` and
-    ``nonzero``.
+    tokens (float64, half to even) or ``min(num_masked, n_valid)``.
+
+    Equivalent PyTorch, without padding and ties::
+
+        ids_masked = scores.topk(num_masked).indices.sort().values  # (B, K)
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids_masked, True)
+        ids_visible = (~mask).nonzero()[:, 1].view(len(scores), -1)  # (B, V)
+        ids_restore = torch.cat([ids_visible, ids_masked], 1).argsort(1)  # (B, N)
 
     Args:
         scores: (B, N), float32, bfloat16, float16 or float64.
@@ -187,10 +196,11 @@ def select_tokens(
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
-    _check_tensor("scores", scores, 2, "(B, N)", _FLOATS)
+    _check.tensor("scores", scores, 2, "(B, N)", _check.FLOATS)
+    _check.generator(generator)
     batch, tokens = scores.shape
-    num_masked, num_masked_rows = _counts(mask_ratio, num_masked, max_masked, scores)
-    _check_mask("key_padding_mask", key_padding_mask, (batch, tokens), scores)
+    num_masked, num_masked_rows = _check.masked_counts(mask_ratio, num_masked, max_masked, scores)
+    _check.mask("key_padding_mask", key_padding_mask, (batch, tokens), scores)
     noise = _noise(noise, generator, random_fraction, pool_ratio, mask_ratio, scores, batch, tokens)
     return TokenSelection(
         *_ops.select_tokens.default(
@@ -210,7 +220,9 @@ def select_tokens(
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """Returns the tokens at `ids`, zeros where the id is -1. Differentiable, twice.
 
-    Equivalent PyTorch, without -1: ``tokens.gather(1, ids[:, :, None].expand(-1, -1, C))``.
+    Equivalent PyTorch, without -1, for (B, N, C) `tokens`::
+
+        gathered = tokens.take_along_dim(ids[:, :, None], 1)
 
     Args:
         tokens: (B, N, ...), any dtype.
@@ -224,8 +236,8 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
 
     Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
-    _check_tensor("tokens", tokens, -2, "(B, N, ...)")
-    _check_ids("ids", ids, "(B, V)", tokens)
+    _check.tensor("tokens", tokens, -2, "(B, N, ...)")
+    _check.ids("ids", ids, "(B, V)", tokens)
     return _ops.gather_tokens(tokens, ids)
 
 
@@ -235,8 +247,9 @@ def restore_tokens(visible: Tensor, ids_restore: Tensor, fill: Tensor) -> Tensor
     Position j takes row ``ids_restore[j]`` of ``cat([visible, fill], 1)``; -1 (padding) gives
     zeros. Differentiable, twice. Mixed dtypes are promoted as ``torch.cat`` does.
 
-    Equivalent PyTorch, without padding: ``cat([visible, fill.expand(B, K, C)], 1)`` gathered by
-    ids_restore.
+    Equivalent PyTorch, without padding, for (B, K, C) `fill`::
+
+        tokens = torch.cat([visible, fill], 1).take_along_dim(ids_restore[:, :, None], 1)
 
     Args:
         visible: (B, V, C), float32, bfloat16, float16 or float64.
@@ -251,18 +264,19 @@ def restore_tokens(visible: Tensor, ids_restore: Tensor, fill: Tensor) -> Tensor
 
     Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
-    _check_tensor("visible", visible, 3, "(B, V, C)", _FLOATS)
-    _check_ids("ids_restore", ids_restore, "(B, N)", visible)
+    _check.tensor("visible", visible, 3, "(B, V, C)", _check.FLOATS)
+    _check.ids("ids_restore", ids_restore, "(B, N)", visible)
     if not isinstance(fill, Tensor):
         raise TypeError(f"fill: got {type(fill).__name__}, allowed is a tensor (C,) or (B, K, C)")
+    _check.dense("fill", fill)
     batch, _, width = visible.shape
     per_token = fill.dim() == 3 and fill.shape[0] == batch and fill.shape[2] == width
     if not (per_token or (fill.dim() == 1 and fill.shape[0] == width)):
         raise ValueError(
             f"fill: got shape {tuple(fill.shape)}, allowed is ({width},) or ({batch}, K, {width})"
         )
-    _check_device("fill", fill, visible)
-    _check_dtype("fill", fill, _FLOATS)
+    _check.device("fill", fill, visible)
+    _check.dtype("fill", fill, _check.FLOATS)
     if fill.dtype != visible.dtype:
         dtype = torch.promote_types(fill.dtype, visible.dtype)
         visible, fill = visible.to(dtype), fill.to(dtype)
@@ -280,7 +294,9 @@ def draw_queries(
 ) -> Tensor:
     """Returns queries drawn for each sample, uniformly and without replacement.
 
-    Equivalent PyTorch for one sample: ``torch.randperm(num_candidates)[:num_queries].sort()``.
+    Equivalent PyTorch, for each sample::
+
+        queries = torch.randperm(num_candidates)[:num_queries].sort().values  # (R,)
 
     Args:
         num_queries: how many, an int, or (B,) integers for each sample; a sample with any
@@ -289,7 +305,8 @@ def draw_queries(
         num_candidates: M. Not needed with `padding_mask`.
         padding_mask: (B, M) bool, True = padding, never drawn.
         generator: for the draws. Default: torch's global one.
-        device: of the result. Default: that of `padding_mask` or `num_queries`, else the CPU.
+        device: of the result. Default: that of `padding_mask` or `num_queries`, else torch's
+            default device.
 
     Returns:
         (B, R) int64, ascending, -1 behind a row's own number; R = max(num_queries, 1), or M where
@@ -300,36 +317,38 @@ def draw_queries(
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
+    _check.generator(generator)
+    device = _check.named_device(device)
     rows = num_queries if isinstance(num_queries, Tensor) else None
     if padding_mask is not None:
-        _check_tensor("padding_mask", padding_mask, 2, "(B, M)", (torch.bool,))
-        batch = _agree("batch", batch, padding_mask.shape[0])
-        num_candidates = _agree("num_candidates", num_candidates, padding_mask.shape[1])
-        device = device or padding_mask.device
-        if torch.device(device).type != padding_mask.device.type:
+        _check.tensor("padding_mask", padding_mask, 2, "(B, M)", (torch.bool,))
+        batch = _check.agree("batch", batch, padding_mask.shape[0])
+        num_candidates = _check.agree("num_candidates", num_candidates, padding_mask.shape[1])
+        device = padding_mask.device if device is None else device
+        if device.type != padding_mask.device.type:
             raise ValueError(
                 f"padding_mask: is on {padding_mask.device}, allowed is device={device}"
             )
     if rows is not None:
-        _check_tensor("num_queries", rows, 1, "(B,)", _INTS)
+        _check.tensor("num_queries", rows, 1, "(B,)", _check.INTS)
         if batch is None:
             batch = rows.shape[0]
         if rows.shape[0] != batch:
             raise ValueError(f"num_queries: got shape {tuple(rows.shape)}, allowed is ({batch},)")
-        device = device or rows.device
+        device = rows.device if device is None else device
     if batch is None or num_candidates is None:
         missing = "batch" if batch is None else "num_candidates"
         raise ValueError(f"{missing}: got None, allowed is an int where no padding_mask gives it")
-    _check_count("batch", batch, None)
-    _check_count("num_candidates", num_candidates, None)
+    _check.count("batch", batch, None)
+    _check.count("num_candidates", num_candidates, None)
     if rows is None:
-        _check_count("num_queries", num_queries, num_candidates)
+        _check.count("num_queries", num_queries, num_candidates)
         width = max(num_queries, min(1, num_candidates))
     else:
         width = num_candidates
     noise = _rand(batch, num_candidates, generator, device)
     if rows is not None:
-        _check_device("num_queries", rows, noise)
+        _check.device("num_queries", rows, noise)
     return _ops.draw_queries(noise, width, rows, padding_mask)
 
 
@@ -354,7 +373,7 @@ def self_guided_masking(
 
     Equivalent PyTorch::
 
-        index = draw_queries(num_queries, batch=B, num_candidates=M)
+        index = draw_queries(num_queries, batch=key.shape[0], num_candidates=query.shape[2])
         scores = attention_scores(query, key, query_index=index)
         selection = select_tokens(scores, mask_ratio=mask_ratio)
         visible = [gather_tokens(x, selection.ids_visible) for x in tokens]
@@ -369,8 +388,8 @@ def self_guided_masking(
             drawn where there is one. Give this or `query_index`.
         query_index: (B, R) or (R,) integers in [-1, M), the queries to use.
         head_index: (B, R) integers in [0, H), one head for each query.
-        query_padding_mask: (B, M) bool, True = padding, never drawn. Default for M = N
-            self-attention with ``mask_queries``: `key_padding_mask`.
+        query_padding_mask: (B, M) bool, True = padding, never drawn; not with `query_index`.
+            Default for M = N self-attention with ``mask_queries``: `key_padding_mask`.
         mask_queries: self-attention (M = N): mask the drawn tokens before all others, as if their
             scores were +inf; a random share may still take others instead.
         head_reduce: "mean", "sum", or "random", which draws `head_index`.
@@ -388,22 +407,23 @@ def self_guided_masking(
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
-    _check_query_key(query, key)
+    _check.query_key(query, key)
     batch, count = key.shape[0], key.shape[2]
     heads, queries = query.shape[1], query.shape[2]
-    query, key = _same_dtype(query, key)
+    query, key = _check.same_dtype(query, key)
     for i, x in enumerate(tokens):
-        _check_tensor(f"tokens[{i}]", x, -2, "(B, N, ...)")
+        _check.tensor(f"tokens[{i}]", x, -2, "(B, N, ...)")
         if x.shape[0] != batch or x.shape[1] != count:
             raise ValueError(
                 f"tokens[{i}]: got shape {tuple(x.shape)}, allowed is ({batch}, {count}, ...)"
             )
-        _check_device(f"tokens[{i}]", x, key)
-    _check_ratio("mask_ratio", mask_ratio)
-    _check_mask("key_padding_mask", key_padding_mask, (batch, count), key)
-    _check_mask("query_padding_mask", query_padding_mask, (batch, queries), key)
-    _check_bool("mask_queries", mask_queries)
-    _check_choice("head_reduce", head_reduce, ("mean", "sum", "random"))
+        _check.device(f"tokens[{i}]", x, key)
+    _check.ratio("mask_ratio", mask_ratio)
+    _check.mask("key_padding_mask", key_padding_mask, (batch, count), key)
+    _check.mask("query_padding_mask", query_padding_mask, (batch, queries), key)
+    _check.generator(generator)
+    _check.flag("mask_queries", mask_queries)
+    _check.choice("head_reduce", head_reduce, ("mean", "sum", "random"))
     if mask_queries and queries != count:
         raise ValueError(
             f"mask_queries: got True with {queries} queries and {count} keys, allowed only in "
@@ -416,20 +436,25 @@ def self_guided_masking(
             + ", allowed is exactly one"
         )
     if query_index is not None:
-        query_index = _query_index(query_index, batch, queries, key)
+        if query_padding_mask is not None:
+            raise ValueError(
+                "query_padding_mask: got a tensor, allowed is None with query_index, which says "
+                "what is drawn"
+            )
+        query_index = _check.query_index(query_index, batch, queries, key)
         selected = query_index.shape[1]
     elif isinstance(num_queries, Tensor):
-        _check_tensor("num_queries", num_queries, 1, "(B,)", _INTS)
-        _check_rows("num_queries", num_queries, batch, key)
+        _check.tensor("num_queries", num_queries, 1, "(B,)", _check.INTS)
+        _check.rows("num_queries", num_queries, batch, key)
         selected, rows = queries, num_queries
     else:
-        _check_count("num_queries", num_queries, queries)
+        _check.count("num_queries", num_queries, queries)
         selected, rows = max(num_queries, min(1, queries)), None
     if head_reduce == "random" and head_index is not None:
         raise ValueError("head_index: got a tensor, allowed is None with head_reduce='random'")
-    head_index = _head_index(head_index, head_reduce, batch, selected, None, key)
-    _check_shares(random_fraction, pool_ratio, mask_ratio)
-    scale = _scale(scale, query)
+    head_index = _check.head_index(head_index, head_reduce, batch, selected, None, key)
+    _check.shares(random_fraction, pool_ratio, mask_ratio)
+    scale = _check.scale(scale, query)
 
     if query_index is None:
         if query_padding_mask is None and mask_queries:
@@ -476,8 +501,14 @@ def random_masking(
     """Returns (visible, mask, ids_restore): MAE's random masking, visible tokens in raster order.
 
     Keeps the int(N (1 - mask_ratio)) tokens of lowest noise. ``cat([visible, mask tokens], 1)``
-    gathered by ids_restore restores the order, as in MAE. Equivalent PyTorch:
-    ``noise.argsort(1)[:, :keep].sort(1).values``, then ``gather``.
+    gathered by ids_restore restores the order, as in MAE.
+
+    Equivalent PyTorch, for (B, N, C) `tokens`::
+
+        keep = int(tokens.shape[1] * (1 - mask_ratio))
+        ids_visible = noise.argsort(1)[:, :keep].sort(1).values  # (B, V)
+        visible = tokens.take_along_dim(ids_visible[:, :, None], 1)
+        mask = torch.ones_like(noise).scatter(1, ids_visible, 0.0)
 
     Args:
         tokens: (B, N, ...), any dtype; differentiable.
@@ -493,242 +524,18 @@ def random_masking(
 
     Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), section 3.
     """
-    _check_tensor("tokens", tokens, -2, "(B, N, ...)")
-    _check_ratio("mask_ratio", mask_ratio)
+    _check.tensor("tokens", tokens, -2, "(B, N, ...)")
+    _check.ratio("mask_ratio", mask_ratio)
+    _check.generator(generator)
     batch, count = tokens.shape[:2]
     if noise is None:
         noise = _rand(batch, count, generator, tokens.device)
     else:
-        _check_noise(noise, batch, count, tokens)
+        _check.noise(noise, batch, count, tokens)
     return _ops.random_masking(tokens, noise, mask_ratio)
 
 
-# Checks: each names the argument, what was given and what is allowed.
-
-
-def _check_tensor(
-    name: str, x: Tensor, rank: int, shape: str, dtypes: Sequence[torch.dtype] = ()
-) -> None:
-    """`rank` below 0 is the least rank allowed, with its sign turned."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, allowed is a tensor {shape}")
-    if x.dim() != rank and (rank > 0 or x.dim() < -rank):
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed is {shape}")
-    if dtypes:
-        _check_dtype(name, x, dtypes)
-
-
-def _check_dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    if x.dtype not in dtypes:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name}: got {x.dtype}, allowed is {allowed}")
-
-
-def _check_device(name: str, x: Tensor, like: Tensor) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name}: is on {x.device}, allowed is {like.device}, as the first input")
-
-
-def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], like: Tensor) -> None:
-    if mask is None:
-        return
-    _check_tensor(name, mask, 2, "of bool, True = padding", (torch.bool,))
-    if mask.shape[0] != shape[0] or mask.shape[1] != shape[1]:
-        raise ValueError(f"{name}: got shape {tuple(mask.shape)}, allowed is {tuple(shape)}")
-    _check_device(name, mask, like)
-
-
-def _check_noise(noise: Tensor, batch: int, tokens: int, like: Tensor) -> None:
-    _check_tensor("noise", noise, 2, "(B, N)", (torch.float32,))
-    if noise.shape[0] != batch or noise.shape[1] != tokens:
-        raise ValueError(f"noise: got shape {tuple(noise.shape)}, allowed is ({batch}, {tokens})")
-    _check_device("noise", noise, like)
-
-
-def _check_ids(name: str, ids: Tensor, shape: str, tokens: Tensor) -> None:
-    _check_tensor(name, ids, 2, shape, (torch.int64,))
-    if ids.shape[0] != tokens.shape[0]:
-        raise ValueError(
-            f"{name}: got shape {tuple(ids.shape)}, allowed is {tokens.shape[0]} rows, the batch"
-        )
-    _check_device(name, ids, tokens)
-
-
-def _check_query_key(query: Tensor, key: Tensor) -> None:
-    _check_tensor("query", query, 4, "(B or 1, H, M, D)", _FLOATS)
-    _check_tensor("key", key, 4, "(B, H_kv, N, D)", _FLOATS)
-    query_batch, heads, _, width = query.shape
-    batch, kv_heads, _, key_width = key.shape
-    if query_batch != batch and query_batch != 1:
-        raise ValueError(
-            f"query: got batch {query_batch}, allowed is 1 or {batch}, the batch of key"
-        )
-    if width != key_width or width == 0:
-        raise ValueError(
-            f"query, key: got head widths {width} and {key_width}, allowed is one width of at "
-            "least 1"
-        )
-    if heads == 0 or kv_heads == 0 or heads % kv_heads != 0:
-        raise ValueError(
-            f"key: got {kv_heads} heads, allowed is a divisor of the {heads} heads of query"
-        )
-    _check_device("key", key, query)
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, allowed is {', '.join(map(repr, allowed))}")
-
-
-def _check_bool(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is True or False")
-
-
-def _check_ratio(name: str, value: float, low: float = 0.0) -> None:
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is a float in [{low}, 1]")
-    if not low <= value <= 1:
-        raise ValueError(f"{name}: got {value}, allowed is [{low}, 1]")
-
-
-def _check_shares(
-    random_fraction: float, pool_ratio: float | None, mask_ratio: float | None
-) -> None:
-    _check_ratio("random_fraction", random_fraction)
-    if pool_ratio is not None:
-        _check_ratio("pool_ratio", pool_ratio, mask_ratio or 0.0)
-        if random_fraction > 0:
-            raise ValueError(
-                f"random_fraction, pool_ratio: got {random_fraction} and {pool_ratio}, allowed is "
-                "at most one"
-            )
-
-
-def _check_count(name: str, value: int, high: int | None) -> None:
-    # `high` is put into words only to raise: under torch.compile that would pin the size
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is an int of at least 0")
-    if high is None and value < 0:
-        raise ValueError(f"{name}: got {value}, allowed is an int of at least 0")
-    if high is not None and (value < 0 or value > high):
-        raise ValueError(f"{name}: got {value}, allowed is an int in [0, {high}]")
-
-
-def _check_generator(generator: torch.Generator | None) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator: got {type(generator).__name__}, allowed is a torch.Generator or None"
-        )
-
-
-def _check_rows(name: str, rows: Tensor, batch: int, like: Tensor) -> None:
-    if rows.shape[0] != batch:
-        raise ValueError(f"{name}: got shape {tuple(rows.shape)}, allowed is ({batch},)")
-    _check_device(name, rows, like)
-
-
-def _agree(name: str, given: int | None, known: int) -> int:
-    if given is not None and given != known:
-        raise ValueError(f"{name}: got {given}, allowed is {known}, as in the tensor given")
-    return known
-
-
-# Defaults
-
-
-def _same_dtype(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    # under autocast latents often stay float32 beside bfloat16 keys: a matmul would take both down
-    if query.dtype == key.dtype:
-        return query, key
-    device = key.device.type
-    if not torch.is_autocast_enabled(device):
-        raise TypeError(f"key: got {key.dtype}, allowed is {query.dtype}, the dtype of query")
-    dtype = torch.get_autocast_dtype(device)
-    return query.to(dtype), key.to(dtype)
-
-
-def _scale(scale: float | None, query: Tensor) -> float:
-    if scale is None:
-        return query.shape[3] ** -0.5
-    if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale: got {type(scale).__name__}, allowed is a finite float")
-    if not -float("inf") < scale < float("inf"):
-        raise ValueError(f"scale: got {scale}, allowed is a finite float")
-    return scale
-
-
-def _query_index(index: Tensor | None, batch: int, queries: int, like: Tensor) -> Tensor | None:
-    if index is None:
-        return None
-    if not isinstance(index, Tensor):
-        raise TypeError(
-            f"query_index: got {type(index).__name__}, allowed is a tensor (B, R) or (R,)"
-        )
-    _check_dtype("query_index", index, _INTS)
-    if index.dim() == 1:
-        index = index.unsqueeze(0).expand(batch, -1)
-    if index.dim() != 2 or index.shape[0] != batch or index.shape[1] > queries:
-        raise ValueError(
-            f"query_index: got shape {tuple(index.shape)}, allowed is (R,) or ({batch}, R) with R "
-            f"at most {queries}, the number of queries"
-        )
-    _check_device("query_index", index, like)
-    return index.long()
-
-
-def _head_index(
-    index: Tensor | None,
-    head_reduce: str,
-    batch: int,
-    queries: int,
-    query_index: Tensor | None,
-    like: Tensor,
-) -> Tensor | None:
-    if index is None:
-        return None
-    _check_tensor("head_index", index, 2, "(B, R)", _INTS)
-    selected = queries if query_index is None else query_index.shape[1]
-    if index.shape[0] != batch or index.shape[1] != selected:
-        raise ValueError(
-            f"head_index: got shape {tuple(index.shape)}, allowed is ({batch}, {selected}), one "
-            "head for each selected query"
-        )
-    if head_reduce == "none":
-        raise ValueError("head_index: got a tensor, allowed is None with head_reduce='none'")
-    _check_device("head_index", index, like)
-    return index.long()
-
-
-def _counts(
-    mask_ratio: float | None,
-    num_masked: int | Tensor | None,
-    max_masked: int | None,
-    scores: Tensor,
-) -> tuple[int | None, Tensor | None]:
-    # -> (num_masked for all rows, or num_masked of each row)
-    batch, tokens = scores.shape
-    if (mask_ratio is None) == (num_masked is None):
-        raise ValueError(
-            "mask_ratio, num_masked: got "
-            + ("neither" if mask_ratio is None else "both")
-            + ", allowed is exactly one"
-        )
-    if isinstance(num_masked, Tensor):
-        _check_tensor("num_masked", num_masked, 1, "(B,)", _INTS)
-        _check_rows("num_masked", num_masked, batch, scores)
-        if max_masked is not None:
-            _check_count("max_masked", max_masked, tokens)
-        return None, num_masked
-    if max_masked is not None:
-        raise ValueError(
-            f"max_masked: got {max_masked}, allowed only where num_masked is a (B,) tensor"
-        )
-    if mask_ratio is not None:
-        _check_ratio("mask_ratio", mask_ratio)
-    else:
-        _check_count("num_masked", num_masked, tokens)
-    return num_masked, None
+# Draws
 
 
 def _noise(
@@ -742,18 +549,17 @@ def _noise(
     tokens: int,
 ) -> Tensor | None:
     # checks the two kinds of random share and draws the noise that they need, if any
-    _check_shares(random_fraction, pool_ratio, mask_ratio)
+    _check.shares(random_fraction, pool_ratio, mask_ratio)
     if noise is not None:
-        _check_noise(noise, batch, tokens, like)
+        _check.noise(noise, batch, tokens, like)
     elif random_fraction > 0 or pool_ratio is not None:
         noise = _rand(batch, tokens, generator, like.device)
     return noise
 
 
 def _rand(
-    batch: int, width: int, generator: torch.Generator | None, device: torch.device | str | None
+    batch: int, width: int, generator: torch.Generator | None, device: torch.device | None
 ) -> Tensor:
-    _check_generator(generator)
     if generator is None:  # the overload that takes one refuses symbolic sizes
         return torch.rand(batch, width, dtype=torch.float32, device=device)
     return torch.rand((batch, width), generator=generator, dtype=torch.float32, device=device)
@@ -762,7 +568,6 @@ def _rand(
 def _randint(
     high: int, shape: Sequence[int], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    _check_generator(generator)
     if generator is None:
         return torch.randint(high, shape, device=device)
     return torch.randint(high, shape, generator=generator, device=device)

@@ -198,6 +198,13 @@ BAD = {
     "attention, not a tensor": ("attention", TypeError, {"attention": [[1.0]]}),
     "attention, rank": ("attention", ValueError, {"attention": torch.zeros(2, 5, 6)}),
     "attention, ints": ("attention", TypeError, {"attention": torch.zeros(2, 4, 5, 6).long()}),
+    "attention, no heads": ("attention", ValueError, {"attention": torch.zeros(2, 0, 5, 6)}),
+    "attention, sparse": (
+        "attention",
+        TypeError,
+        {"attention": torch.zeros(2, 4, 5, 6).to_sparse()},
+    ),
+    "index, sparse": ("query_index", TypeError, {"query_index": INDEX.to_sparse()}),
     "attention, bool": ("attention", TypeError, {"attention": torch.zeros(2, 4, 5, 6).bool()}),
     "index, not a tensor": ("query_index", TypeError, {"query_index": 1}),
     "index, floats": ("query_index", TypeError, {"query_index": INDEX.float()}),

@@ -455,6 +455,11 @@ def test_masks_its_share_of_valid_tokens(seed, ratio, self_attention, lengths, s
         ({"masking_ratio": 1.5}, ValueError, "masking_ratio"),
         ({"masking_ratio": "half"}, TypeError, "masking_ratio"),
         ({"num_per_query": 0}, ValueError, "num_per_query"),
+        ({"num_per_query": float("nan")}, ValueError, "num_per_query"),
+        ({"num_per_query": True}, TypeError, "num_per_query"),
+        ({"num_per_query": "4"}, TypeError, "num_per_query"),
+        ({"mask_self": 1}, TypeError, "mask_self"),
+        ({"mask_self": None}, TypeError, "mask_self"),
         ({"select_initial_ratio": -0.1}, ValueError, "select_initial_ratio"),
         ({"head_aggregation": "max"}, ValueError, "head_aggregation"),
     ],
@@ -469,6 +474,8 @@ def test_wrong_arguments_of_the_class(arguments, error, name):
     [
         ({"attentions": torch.zeros(2, 3, 8)}, ValueError, "attentions"),
         ({"attentions": torch.zeros(2, 2, 3, 8, dtype=torch.int64)}, TypeError, "attentions"),
+        ({"attentions": torch.zeros(2, 0, 3, 8)}, ValueError, "attentions"),
+        ({"attentions": torch.zeros(2, 2, 3, 8).to_sparse()}, TypeError, "attentions"),
         ({"attention_mask": None}, TypeError, "attention_mask"),
         ({"attention_mask": torch.ones(2, 7)}, ValueError, "attention_mask"),
         ({"attention_mask": torch.ones(1, 8)}, ValueError, "attention_mask"),
@@ -908,6 +915,8 @@ def test_lightly_defaults_and_patch(lightly_utils):
         ("lightly_random_token_mask", ((2, -1),), ValueError, "size"),
         ("lightly_random_token_mask", ((2, 3.0),), TypeError, "size"),
         ("lightly_random_token_mask", ((2, 3), 2.0), ValueError, "mask_ratio"),
+        ("lightly_random_token_mask", ((2, 3), 0.6, False, "nope"), ValueError, "device"),
+        ("lightly_random_token_mask", ((2, 3), 0.6, False, 3.5), TypeError, "device"),
     ],
 )
 def test_wrong_arguments(function, arguments, error, name):

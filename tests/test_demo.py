@@ -266,20 +266,6 @@ def test_a_backend_that_disagrees_ends_the_demo(
     assert not any(tmp_path.iterdir())
 
 
-def test_near_ties_may_fall_either_way_and_nothing_else() -> None:
-    scores = torch.tensor([[0.5, 0.3, 0.3 + 1e-6, 0.1]])
-    expected = torch.tensor([[True, False, True, False]])
-    for mask, agrees in (
-        ([True, False, True, False], True),
-        ([True, True, False, False], True),
-        ([True, True, True, False], False),  # another number
-        ([False, True, True, False], False),
-        ([True, False, False, True], False),
-    ):
-        got = torch.tensor([mask])
-        assert demo_backends._same_outside_ties(got, expected, scores) is agrees
-
-
 # The command line
 
 

@@ -247,8 +247,27 @@ BAD = {
     "padding, ints": ("padding_mask", TypeError, {"padding_mask": PADDING.int()}),
     "padding, rank": ("padding_mask", ValueError, {"padding_mask": PADDING[0]}),
     "padding, device": ("padding_mask", ValueError, {"padding_mask": PADDING, "device": "meta"}),
+    "padding, sparse": ("padding_mask", TypeError, {"padding_mask": PADDING.to_sparse()}),
+    "rows, sparse": ("num_queries", TypeError, {"num_queries": ROWS.to_sparse()}),
+    "device, unknown": ("device", ValueError, {"device": "nope"}),
+    "device, empty": ("device", ValueError, {"device": ""}),
+    "device, float": ("device", TypeError, {"device": 3.5}),
+    "device, bool": ("device", TypeError, {"device": True}),
+    "device, unknown, beside padding": (
+        "device",
+        ValueError,
+        {"padding_mask": PADDING, "device": "nope"},
+    ),
+    "generator, nothing to draw": ("generator", TypeError, {"batch": 0, "generator": 3}),
     "generator": ("generator", TypeError, {"generator": 3}),
 }
+
+
+def test_default_device_is_that_of_torch():
+    with torch.device("meta"):
+        assert sma_fast.draw_queries(**arguments()).is_meta
+        assert sma_fast.draw_queries(**arguments(device="cpu")).device.type == "cpu"
+        assert sma_fast.draw_queries(2, padding_mask=PADDING).device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,6 +1,7 @@
 """gather_tokens: rows by id, -1 gives zeros."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -200,6 +201,10 @@ def arguments(**changed):
     return {"tokens": torch.zeros(2, 5, 3), "ids": torch.zeros(2, 4, dtype=torch.int64)} | changed
 
 
+NESTED = torch.nested.nested_tensor([torch.ones(5, 3)] * 2, layout=torch.jagged)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a prototype, says torch
+    NESTED_STRIDED = torch.nested.nested_tensor([torch.ones(5, 3)] * 2, layout=torch.strided)
 BAD = {
     "tokens, not a tensor": ("tokens", TypeError, {"tokens": [[1.0]]}),
     "tokens, rank": ("tokens", ValueError, {"tokens": torch.zeros(5)}),
@@ -212,6 +217,10 @@ BAD = {
     "ids, bool": ("ids", TypeError, {"ids": torch.zeros(2, 4, dtype=torch.bool)}),
     "ids, batch": ("ids", ValueError, {"ids": torch.zeros(3, 4, dtype=torch.int64)}),
     "ids, batch 1": ("ids", ValueError, {"ids": torch.zeros(1, 4, dtype=torch.int64)}),
+    "ids, sparse": ("ids", TypeError, {"ids": arguments()["ids"].to_sparse()}),
+    "tokens, sparse": ("tokens", TypeError, {"tokens": torch.zeros(2, 5, 3).to_sparse()}),
+    "tokens, nested": ("tokens", TypeError, {"tokens": NESTED}),
+    "tokens, nested and strided": ("tokens", TypeError, {"tokens": NESTED_STRIDED}),
     "ids, device": ("ids", ValueError, {"ids": arguments()["ids"].to("meta")}),
 }
 

@@ -392,12 +392,47 @@ def test_random_masks_are_uniform() -> None:
         ({"mask_ratio": 0.15, "num_per_query": 4}, 1024, 256, 38),
         ({"mask_ratio": 0.3, "num_per_query": 3}, 512, 512, 51),
         ({"mask_ratio": 0.15, "num_per_query": 4}, 8, 256, 1),  # rounds to 0
-        ({"mask_ratio": 0.9, "num_per_query": 1}, 100, 12, 12),  # more than there are
+        ({"mask_ratio": 0.9, "num_per_query": 1}, 100, 90, 90),
+        ({"mask_ratio": 0.15, "num_per_query": 4}, 0, 0, 0),
         ({"mask_ratio": 0.15, "num_queries": 5}, 1024, 256, 5),
     ],
 )
 def test_count_queries(arguments: dict, tokens: int, queries: int, expected: int) -> None:
     assert SMAMasking(**arguments).count_queries(tokens, queries) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"mask_ratio": 0.9, "num_per_query": 1}, "num_per_query"),
+        ({"num_queries": 13}, "num_queries"),
+    ],
+)
+def test_more_queries_than_there_are(arguments: dict, name: str) -> None:
+    masking = SMAMasking(**arguments)
+    with pytest.raises(ValueError, match=rf"^{name}: .* of 12 queries, allowed is"):
+        masking.count_queries(100, 12)
+    with pytest.raises(ValueError, match=rf"^{name}: .* of 12 queries, allowed is"):
+        masking.guided(torch.zeros(1, 2, 12, 4), torch.zeros(3, 2, 100, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"mask_ratio": 1.0}, ValueError, "mask_ratio"),
+        ({"mask_ratio": "half"}, TypeError, "mask_ratio"),
+        ({"num_per_query": 0.5}, ValueError, "num_per_query"),
+        ({"num_per_query": True}, TypeError, "num_per_query"),
+        ({"num_queries": 0}, ValueError, "num_queries"),
+        ({"num_queries": True}, TypeError, "num_queries"),
+        ({"num_queries": 2.0}, TypeError, "num_queries"),
+        ({"head_reduce": "none"}, ValueError, "head_reduce"),
+        ({"mask": "attention"}, ValueError, "mask"),
+    ],
+)
+def test_wrong_masking(arguments: dict, error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=f"^{name}: .*allowed is"):
+        SMAMasking(**arguments)
 
 
 def test_given_selection() -> None:

@@ -241,6 +241,12 @@ BAD = {
     "noise, batch": ("noise", ValueError, {"noise": torch.zeros(1, 5)}),
     "noise, tokens": ("noise", ValueError, {"noise": torch.zeros(2, 4)}),
     "noise, device": ("noise", ValueError, {"noise": torch.zeros(2, 5, device="meta")}),
+    "tokens, mkldnn": ("tokens", TypeError, {"tokens": torch.zeros(2, 5, 3).to_mkldnn()}),
+    "generator, noise given": (
+        "generator",
+        TypeError,
+        {"noise": torch.zeros(2, 5), "generator": 3},
+    ),
     "generator": ("generator", TypeError, {"generator": 3}),
 }
 

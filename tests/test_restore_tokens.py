@@ -253,6 +253,8 @@ BAD = {
     "fill rows, width": ("fill", ValueError, {"fill": torch.zeros(2, 2, 3)}),
     "fill rows, batch": ("fill", ValueError, {"fill": torch.zeros(1, 2, 4)}),
     "fill, ints": ("fill", TypeError, {"fill": torch.zeros(4).long()}),
+    "fill, sparse": ("fill", TypeError, {"fill": torch.zeros(4).to_sparse()}),
+    "visible, sparse": ("visible", TypeError, {"visible": torch.zeros(2, 3, 4).to_sparse()}),
     "fill, device": ("fill", ValueError, {"fill": torch.zeros(4, device="meta")}),
 }
 

@@ -498,6 +498,15 @@ BAD = {
     "noise, shape": ("noise", ValueError, {"noise": torch.zeros(2, 4)}),
     "noise, rank": ("noise", ValueError, {"noise": torch.zeros(5)}),
     "noise, device": ("noise", ValueError, {"noise": torch.zeros(2, 5, device="meta")}),
+    "scores, sparse": ("scores", TypeError, {"scores": torch.zeros(2, 5).to_sparse()}),
+    "scores, mkldnn": ("scores", TypeError, {"scores": torch.zeros(2, 5).to_mkldnn()}),
+    "noise, sparse": ("noise", TypeError, {"noise": torch.zeros(2, 5).to_sparse()}),
+    "generator, nothing drawn": ("generator", TypeError, {"generator": 3}),
+    "generator, noise given": (
+        "generator",
+        TypeError,
+        {"random_fraction": 0.5, "noise": torch.zeros(2, 5), "generator": "cpu"},
+    ),
     "generator": ("generator", TypeError, {"random_fraction": 0.5, "generator": 3}),
 }
 

@@ -494,6 +494,12 @@ BAD = {
         ValueError,
         {"query_padding_mask": PADDING[:, 1:]},
     ),
+    "query padding beside an index": (
+        "query_padding_mask",
+        ValueError,
+        GIVEN | {"query_padding_mask": PADDING},
+    ),
+    "tokens, sparse": (r"tokens\[0\]", TypeError, {"tokens": [torch.zeros(2, 6).to_sparse()]}),
     "mask_queries, an int": ("mask_queries", TypeError, {"mask_queries": 1}),
     "mask_queries, cross-attention": (
         "mask_queries",
@@ -509,7 +515,9 @@ BAD = {
         {"random_fraction": 0.5, "pool_ratio": 0.7},
     ),
     "scale, NaN": ("scale", ValueError, {"scale": NAN}),
+    "scale, no float holds it": ("scale", ValueError, {"scale": 10**400}),
     "scale, str": ("scale", TypeError, {"scale": "1"}),
+    "generator, nothing drawn": ("generator", TypeError, GIVEN | {"generator": 3}),
     "generator": ("generator", TypeError, {"generator": 3}),
 }
 

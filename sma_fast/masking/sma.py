@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sma_fast import ops
+from sma_fast import _check, ops
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,14 @@ class SMAMasking:
 
     Args:
         mask_ratio: share of the valid tokens to mask, in (0, 1).
-        num_per_query: tokens masked for each query drawn: R = round(N mask_ratio / num_per_query).
+        num_per_query: tokens masked for each query drawn, at least 1:
+            R = round(N mask_ratio / num_per_query).
         num_queries: R itself, at least 1; takes the place of `num_per_query`.
         head_reduce: "mean", "sum", or "random": one random head for each query ("random mix").
         mask: "guided", or "random" for the control.
 
     Raises:
-        ValueError: naming the argument, what was given and what is allowed.
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
@@ -37,28 +38,48 @@ class SMAMasking:
     mask: str = "guided"
 
     def __post_init__(self) -> None:
+        _check.number("mask_ratio", self.mask_ratio)
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio: got {self.mask_ratio}, allowed is (0, 1)")
-        if self.num_per_query < 1:
+        _check.number("num_per_query", self.num_per_query)
+        if not self.num_per_query >= 1:
             raise ValueError(f"num_per_query: got {self.num_per_query}, allowed is at least 1")
-        if self.num_queries is not None and self.num_queries < 1:
-            raise ValueError(f"num_queries: got {self.num_queries}, allowed is at least 1")
-        if self.head_reduce not in ("mean", "sum", "random"):
-            raise ValueError(
-                f"head_reduce: got {self.head_reduce!r}, allowed is 'mean', 'sum', 'random'"
-            )
-        if self.mask not in ("guided", "random"):
-            raise ValueError(f"mask: got {self.mask!r}, allowed is 'guided', 'random'")
+        if self.num_queries is not None:
+            _check.count("num_queries", self.num_queries, None)
+            if self.num_queries < 1:
+                raise ValueError(f"num_queries: got {self.num_queries}, allowed is at least 1")
+        _check.choice("head_reduce", self.head_reduce, ("mean", "sum", "random"))
+        _check.choice("mask", self.mask, ("guided", "random"))
 
     def count_queries(self, tokens: int, queries: int) -> int:
-        """Returns R for N tokens (padded length) and M queries: at least 1, at most M.
+        """Returns R for N tokens (padded length) and M queries: at least 1 where there is one.
 
-        The published code lets R round to 0, which then masks arbitrary tokens.
+        The rule is that of `compat.RandomlySelectedCrossAttentionMasking`: an R that rounds to 0
+        becomes 1, where the published code masks arbitrary tokens, and one above M is an error,
+        where the published code silently takes all M.
+
+        Args:
+            tokens: N.
+            queries: M.
+
+        Returns:
+            R.
+
+        Raises:
+            ValueError: naming `num_queries` or `num_per_query`, where R is above M.
         """
-        wanted = self.num_queries
-        if wanted is None:
-            wanted = round(tokens * self.mask_ratio / self.num_per_query)
-        return min(max(wanted, 1), queries)
+        if self.num_queries is not None:
+            name, given, wanted = "num_queries", self.num_queries, self.num_queries
+        else:
+            name, given = "num_per_query", self.num_per_query
+            wanted = round(tokens * self.mask_ratio / given)
+        wanted = max(wanted, min(1, queries))
+        if wanted > queries:
+            raise ValueError(
+                f"{name}: got {given}, which draws {wanted} of {queries} queries, allowed is to "
+                "draw at most all of them"
+            )
+        return wanted
 
     def guided(
         self,
@@ -79,6 +100,9 @@ class SMAMasking:
 
         Returns:
             SelfGuidedMasking.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
         return ops.self_guided_masking(
             query,
@@ -107,7 +131,11 @@ class SMAMasking:
 
         Returns:
             TokenSelection.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
+        _check.generator(generator)
         drawn = {} if generator is None else {"generator": generator}  # torch.compile takes no None
         noise = torch.rand(tokens.shape[:2], device=tokens.device, **drawn)
         return ops.select_tokens(

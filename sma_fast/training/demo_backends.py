@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 import sma_fast
+from sma_fast.testing import (
+    assert_consistent,
+    assert_mask_up_to_near_ties,
+    assert_same_selection,
+    assert_scores_close,
+    score_bound,
+)
 
 OPS = ("attention_scores", "select_tokens", "gather_tokens", "self_guided_masking")
 PLAIN = "plain PyTorch"
 ROUNDS = 15
 SECONDS = 0.01  # of each variant in a round
 SLOW = 0.3  # seconds a call from which one measurement will do: Triton's interpreter
-# float32 sums of a few softmax rows, in any order
-RTOL, ATOL = 1e-4, 1e-6
 
 
 class BackendMismatch(RuntimeError):
@@ -194,53 +199,38 @@ _PLAIN = {
 
 
 def _check(op: str, device: str, backend: str, got, expected: dict, batch: Batch) -> None:
-    def require(agrees: bool, what: str) -> None:
-        if not agrees:
-            raise BackendMismatch(
-                f"{op} on {device}: {backend} disagrees with the oracle: {what}. "
-                "Its results are wrong: please report this with the output of `sma-fast info`"
-            )
+    if not __debug__:
+        raise BackendMismatch(f"{op} on {device}: {backend} is not checked under python -O")
+    try:
+        _assert_agrees(op, backend == PLAIN, got, expected, batch)
+    except AssertionError as difference:
+        raise BackendMismatch(
+            f"{op} on {device}: {backend} disagrees with the oracle: {difference}. "
+            "Its results are wrong: please report this with the output of `sma-fast info`"
+        ) from None
 
+
+def _assert_agrees(op: str, is_plain: bool, got, expected: dict, batch: Batch) -> None:
     scores = expected["attention_scores"]
     if op == "attention_scores":
-        require(_close(got, scores), _distance("scores", got, scores))
+        assert_scores_close(got, scores)
+    elif op == "select_tokens" and is_plain:  # topk leaves open which of equal scores it takes
+        assert_mask_up_to_near_ties(got[0], expected[op].mask, scores, 0.0)
     elif op == "select_tokens":
-        if backend == PLAIN:  # topk leaves open which of equal scores it takes
-            require(_same_outside_ties(got[0], expected[op].mask, scores), "masks")
-            return
-        for name, x, y in zip(expected[op]._fields, got, expected[op], strict=True):
-            require(torch.equal(x, y), f"{name}, for the same scores")
+        assert_same_selection(got, expected[op])
     elif op == "gather_tokens":
-        require(torch.equal(got, expected[op]), "gathered tokens")
+        assert torch.equal(got, expected[op]), "gathered tokens"
     else:
         selection, own, (visible,) = got[:3]
-        require(_close(own, scores), _distance("scores", own, scores))
-        require(
-            _same_outside_ties(selection[0], expected[op].selection.mask, scores),
-            "masks, outside near ties",
-        )
-        require(torch.equal(visible, _take(batch.tokens, selection[1])), "visible tokens")
-        if backend != PLAIN:
+        assert_scores_close(own, scores)
+        right = expected[op].selection.mask
+        assert_mask_up_to_near_ties(selection[0], right, scores, score_bound(scores))
+        assert torch.equal(visible, _take(batch.tokens, selection[1])), "visible tokens"
+        if not is_plain:
+            assert_consistent(selection)
             with sma_fast.use_backend("reference"):
                 same = sma_fast.select_tokens(own, mask_ratio=batch.mask_ratio)
-            for name, x, y in zip(same._fields, selection, same, strict=True):
-                require(torch.equal(x, y), f"{name}, for its own scores")
-
-
-def _close(got: Tensor, expected: Tensor) -> bool:
-    return got.dtype == expected.dtype and torch.allclose(got, expected, rtol=RTOL, atol=ATOL)
-
-
-def _distance(name: str, got: Tensor, expected: Tensor) -> str:
-    return f"{name}, by up to {(got.float() - expected).abs().max().item():.2g}"
-
-
-def _same_outside_ties(mask: Tensor, expected: Tensor, scores: Tensor) -> bool:
-    """Whether two masks differ only where a score lies within tolerance of the last one masked."""
-    last = scores.masked_fill(~expected, float("inf")).amin(dim=1, keepdim=True)  # (B, 1)
-    near = (scores - last).abs() <= 2 * (ATOL + RTOL * last.abs())
-    same_number = torch.equal(mask.sum(dim=1), expected.sum(dim=1))
-    return same_number and bool(((mask == expected) | near).all())
+            assert_same_selection(selection, same)
 
 
 def _time(variants: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
