@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from sma_fast import _dispatch, reference
+from sma_fast import reference
+from sma_fast._errors import Unavailable
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCE = {"mean": 0, "sum": 1, "none": 2}
@@ -43,10 +44,10 @@ def _module():
     """Returns the compiled module, or raises why there is none."""
     if importlib.util.find_spec("sma_fast._C") is None:
         note = Path(__file__).with_name("_build.json")
-        reason = f"{note.parent} was never installed: use pip install -e . there, or leave its folder"
+        reason = f"{note.parent} was never installed: pip install -e . there, or leave its folder"
         if note.exists():
             reason = json.loads(note.read_text())["not_built"]
-        raise _dispatch.Unavailable(f"native module not built: {reason}")
+        raise Unavailable(f"native module not built: {reason}")
     try:
         return importlib.import_module("sma_fast._C")
     except ImportError as error:
@@ -62,13 +63,13 @@ def implementation(backend: str, op: str) -> Callable:
     module = _module()
     if backend == "cuda":
         if not hasattr(module, "cuda_gather_tokens"):
-            raise _dispatch.Unavailable(
+            raise Unavailable(
                 "built without CUDA: at installation there was no nvcc, or SMA_FAST_CUDA=0"
             )
         if not torch.cuda.is_available():
-            raise _dispatch.Unavailable("no CUDA device that torch can use")
+            raise Unavailable("no CUDA device that torch can use")
         if op not in _CUDA:
-            raise _dispatch.Unavailable(f"no CUDA kernel for {op} yet")
+            raise Unavailable(f"no CUDA kernel for {op} yet")
         return _CUDA[op]
     return _CPU[op]
 
@@ -77,7 +78,7 @@ def build_info() -> dict[str, object]:
     """Returns what the native module was built for, or why there is none."""
     try:
         return dict(_module().build_info())
-    except (_dispatch.Unavailable, RuntimeError) as reason:
+    except (Unavailable, RuntimeError) as reason:
         return {"native module": str(reason).removeprefix("native module ")}
 
 
@@ -85,7 +86,7 @@ def cpu_instruction_sets() -> tuple[str, ...]:
     """Returns the instruction sets that are built in and that this processor has, best last."""
     try:
         return tuple(_module().cpu_instruction_sets())
-    except _dispatch.Unavailable:
+    except Unavailable:
         return ()
 
 
