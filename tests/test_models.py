@@ -16,7 +16,7 @@ from sma_fast.models import SMAConfig, SMAForPretraining, load_published
 from sma_fast.models.published import _our_name
 
 GOLDEN = Path(__file__).parents[1] / "../shared/golden"
-CROSS_ATTENTION = ("image_cross", "image_cross_noise", "language_cross", "protein_cross_wide")
+PUBLISHED = ("image_cross", "image_cross_noise", "language_cross", "protein_cross_wide", "physics_self", "molecule_self", "molecule_self_mean")
 KINDS = ("discrete", "continuous")
 
 
@@ -96,7 +96,7 @@ def published(data: dict) -> tuple[dict, dict]:
     return json_config, weights
 
 
-@pytest.mark.parametrize("name", CROSS_ATTENTION)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_golden_loss_hidden_state_and_gradients(name: str) -> None:
     data = golden(name)
     model = load_published(*published(data))
@@ -496,7 +496,10 @@ def test_importing_the_package_leaves_models_and_training_alone() -> None:
     ("changes", "message"),
     [
         ({"input_type": "pictures"}, "input_type: got 'pictures', allowed is 'discrete'"),
-        ({"encoder_type": "self_attention"}, "encoder_type: got 'self_attention'"),
+        ({"encoder_type": "self_attention"}, "embedded_channels: got 12, allowed is latent"),
+        ({"encoder_type": "mixture"}, "encoder_type: got .mixture."),
+        ({"drop_path_prob": 1.0}, "drop_path_prob: got 1.0"),
+        ({"problem_type": "ranking"}, "problem_type: got .ranking."),
         ({"qk_channels": 10}, "qk_channels: got 10, allowed is a multiple of"),
         ({"decoder_heads": 0}, "decoder_channels: got 12, allowed is a multiple of"),
         ({"num_latents": 0}, "num_latents: got 0"),

@@ -1,7 +1,7 @@
 """Models over the ops: plain modules around F.scaled_dot_product_attention."""
 
 from sma_fast.models.published import load_published
-from sma_fast.models.sma import SMAForPretraining
+from sma_fast.models.sma import SMAForPrediction, SMAForPretraining
 from sma_fast.models.sma_config import SMAConfig
 
-__all__ = ["SMAConfig", "SMAForPretraining", "load_published"]
+__all__ = ["SMAConfig", "SMAForPrediction", "SMAForPretraining", "load_published"]

@@ -125,7 +125,7 @@ def _renamed(prefix: str, rest: str, table: Mapping[str, str]) -> str | None:
 
 
 def _config(published: Mapping) -> SMAConfig:
-    names = {f.name for f in fields(SMAConfig)} - {"masking"}
+    names = {f.name for f in fields(SMAConfig)} - {"masking", "num_labels", "problem_type"}
     sizes = {name: published[name] for name in names if name in published}
     for name, allowed in (
         ("hidden_act", "gelu"),
@@ -158,6 +158,10 @@ def _config(published: Mapping) -> SMAConfig:
             mask_ratio=masker["masking_ratio"],
             num_per_query=masker.get("num_per_query", 1),
             head_reduce=_HEADS[masker.get("head_aggregation", "mean")],
+            mask_self=masker.get("mask_self", False),
+            select_initial_ratio=masker.get("select_initial_ratio"),
+            schedule_length_ratio=masker.get("schedule_length_ratio") or 1.0,
+            anneal_by="share" if masker.get("varying_length", False) else "pool",
         )
     return SMAConfig(**sizes)
 

@@ -1,19 +1,25 @@
 """SMA as published, built the cheap way: same loss, without the work that the mask throws away.
 
-The latents' queries are projected once for the batch, attention is scored for the drawn queries
-only, only visible tokens are attended to, and only masked positions are decoded.
+Attention is scored for the drawn queries only, values and later layers see visible tokens only, and
+only masked positions are decoded. Latents' queries are projected once for the batch; of tokens
+that attend to each other only the drawn and the visible ones are projected to queries.
 
 Letters in the shapes: B batch, N tokens, V visible, K masked, H heads, M latents, E embedding,
 C latent width.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 
 from sma_fast.masking.sma import SMAMasking, given_selection
+from sma_fast.models.hub import HubModel
+from sma_fast.models.layers import AttentionLayer, SMAEmbedding
 from sma_fast.models.sma_config import SMAConfig
 from sma_fast.ops import TokenSelection, gather_tokens
 
@@ -24,12 +30,15 @@ class SMAEncoding(NamedTuple):
     """What `SMAEncoder` returns.
 
     Attributes:
-        last_hidden_state: (B, M, C).
+        last_hidden_state: (B, M, C); of a self-attention encoder (B, V, C), the visible tokens in
+            the order of `selection.ids_visible`, zeros where a row has fewer.
+        attend: (B, V) bool, True where a row is a token; None where all are.
         selection: TokenSelection, or None where nothing was masked.
         scores: (B, N) float32, the attention each token received; None without a guided mask.
     """
 
     last_hidden_state: Tensor
+    attend: Tensor | None
     selection: TokenSelection | None
     scores: Tensor | None
 
@@ -54,114 +63,36 @@ class SMAOutput(NamedTuple):
     scores: Tensor | None
 
 
-class AttentionLayer(nn.Module):
-    """Attention onto any keys and values, then an MLP, both pre-norm with a residual."""
+class SMAPrediction(NamedTuple):
+    """What `SMAForPrediction` returns.
 
-    def __init__(
-        self,
-        config: SMAConfig,
-        width: int,
-        kv_width: int,
-        qk_channels: int,
-        v_channels: int,
-        heads: int,
-        widening_factor: int,
-    ) -> None:
-        super().__init__()
-        bias = config.dense_use_bias
-        self.heads = heads
-        self.attention_dropout = config.attention_dropout_prob
-        self.query_norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, qk_channels, bias=bias)
-        self.key = nn.Linear(kv_width, qk_channels, bias=bias)
-        self.value = nn.Linear(kv_width, v_channels, bias=bias)
-        self.output = nn.Linear(v_channels, width, bias=bias)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, widening_factor * width, bias=bias),
-            nn.GELU(),
-            nn.Linear(widening_factor * width, width, bias=bias),
-        )
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+    Attributes:
+        loss: scalar, None without labels.
+        logits: (B, num_labels).
+        last_hidden_state: (B, M or N, C).
+    """
 
-    def split(self, x: Tensor) -> Tensor:
-        """(B, N, H D) -> (B, H, N, D), a view."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-    def forward(
-        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None = None
-    ) -> Tensor:
-        """Returns (B, Q, C): `x` after attention and MLP.
-
-        Args:
-            x: (B or 1, Q, C), the residual.
-            query: (B or 1, Q, qk_channels), projected.
-            key: (B, N, qk_channels), projected.
-            value: (B, N, v_channels), projected.
-            attend: (B, N) bool, True = may be attended to. Default: all.
-        """
-        attended = F.scaled_dot_product_attention(
-            self.split(query).expand(key.shape[0], -1, -1, -1),
-            self.split(key),
-            self.split(value),
-            attn_mask=None if attend is None else attend[:, None, None, :],
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )  # (B, H, Q, D)
-        x = x + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
-
-
-class SMAEmbedding(nn.Module):
-    """Tokens or values plus learned positions, normalised: (B, N) or (B, N, channels) -> E."""
-
-    def __init__(self, config: SMAConfig) -> None:
-        super().__init__()
-        width = config.embedded_channels
-        self.discrete = config.input_type == "discrete"
-        if self.discrete:
-            self.tokens = nn.Embedding(config.num_discrete_tokens, width)
-        else:
-            self.tokens = nn.Linear(config.input_channels, width)
-        self.positions = nn.Embedding(config.max_position_embeddings, width)
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self._check(inputs)
-        embedding = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
-        return self.dropout(self.norm(embedding))
-
-    def _check(self, inputs: Tensor) -> None:
-        longest = self.positions.num_embeddings
-        if self.discrete:
-            if inputs.dim() != 2 or inputs.is_floating_point() or inputs.dtype == torch.bool:
-                raise ValueError(
-                    f"inputs: got {inputs.dtype} of shape {tuple(inputs.shape)}, allowed is (B, N) "
-                    "integer token ids"
-                )
-        else:
-            channels = self.tokens.in_features
-            if inputs.dim() != 3 or inputs.shape[2] != channels or not inputs.is_floating_point():
-                raise ValueError(
-                    f"inputs: got {inputs.dtype} of shape {tuple(inputs.shape)}, allowed is "
-                    f"(B, N, {channels}) floats"
-                )
-        if inputs.shape[1] > longest:
-            raise ValueError(
-                f"inputs: got {inputs.shape[1]} tokens, allowed is at most {longest}, "
-                "max_position_embeddings"
-            )
+    loss: Tensor | None
+    logits: Tensor
+    last_hidden_state: Tensor
 
 
 class SMAEncoder(nn.Module):
-    """Latents that attend to the visible tokens once, and to each other from then on."""
+    """A first layer that masks, and layers over what is left: latents, or the visible tokens.
+
+    Attributes:
+        checkpointing: whether the layers after the first compute their activations again in the
+            backward pass instead of keeping them.
+    """
 
     def __init__(self, config: SMAConfig) -> None:
         super().__init__()
-        width = config.latent_channels
+        width, depth = config.latent_channels, config.num_self_attends_per_block
         self.num_blocks = config.num_blocks
+        self.checkpointing = False
         self.embedding = SMAEmbedding(config)
-        self.latents = nn.Parameter(torch.empty(config.num_latents, width))
+        latents = config.encoder_type == "cross_attention"
+        self.latents = nn.Parameter(torch.empty(config.num_latents, width)) if latents else None
         self.first = AttentionLayer(
             config,
             width,
@@ -180,8 +111,9 @@ class SMAEncoder(nn.Module):
                 config.v_channels,
                 config.num_self_attention_heads,
                 config.self_attention_widening_factor,
+                config.drop_path_prob * (i + 1) / depth,
             )
-            for _ in range(config.num_self_attends_per_block)
+            for i in range(depth)
         )
 
     def latent_queries(self) -> Tensor:
@@ -189,21 +121,31 @@ class SMAEncoder(nn.Module):
         latents = self.latents.unsqueeze(0)
         return self.first.query(self.first.query_norm(latents))
 
+    def token_queries(self, embeddings: Tensor) -> Tensor:
+        """Returns (B, R, qk): the tokens' own queries at the first layer.
+
+        Args:
+            embeddings: (B, R, E), of any tokens.
+        """
+        return self.first.query(self.first.query_norm(embeddings))
+
     def forward(
         self,
         inputs: Tensor,
         attention_mask: Tensor | None = None,
         masking: SMAMasking | None = None,
         mask: Tensor | None = None,
+        progress: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> SMAEncoding:
-        """Returns the latents after the last layer; masks by `mask`, by `masking` or not at all.
+        """Returns what the last layer gives; masks by `mask`, by `masking` or not at all.
 
         Args:
             inputs: (B, N) token ids, or (B, N, channels) values.
             attention_mask: (B, N), 1 = valid, 0 = padding.
             masking: how to mask. Default: nothing is masked.
             mask: (B, N) bool, True = masked, takes the place of `masking`.
+            progress: the share of training that is done, in [0, 1], for annealed masks.
             generator: for the draws. Default: torch's global one.
 
         Returns:
@@ -215,46 +157,64 @@ class SMAEncoder(nn.Module):
         _check_masks(inputs, attention_mask, mask)
         padding = None if attention_mask is None else attention_mask == 0
         embeddings = self.embedding(inputs)  # (B, N, E)
-        latents = self.latents.unsqueeze(0)  # (1, M, C)
-        first = self.first
-        query = self.latent_queries()  # (1, M, qk)
-
-        selection = scores = None
+        draws = {"key_padding_mask": padding, "generator": generator}
+        selection = scores = key = visible = None
         if mask is not None:
             selection = given_selection(mask, padding)
         elif masking is not None and masking.mask == "random":
-            selection = masking.random(inputs, key_padding_mask=padding, generator=generator)
-        if selection is not None:
-            visible = gather_tokens(embeddings, selection.ids_visible)  # (B, V, E)
-            key = first.key(visible)
+            selection = masking.random(inputs, **draws)
         elif masking is not None:
-            key = first.key(embeddings)
-            guided = masking.guided(
-                first.split(query),
-                first.split(key),
-                key,
-                embeddings,
-                key_padding_mask=padding,
-                generator=generator,
-            )
-            selection, scores, (key, visible) = guided[:3]
-        else:
-            visible, key = embeddings, first.key(embeddings)
-
+            key = self.first.key(embeddings)  # (B, N, qk)
+            draws["progress"] = progress
+            if self.latents is None:
+                selection, scores = self._guided_by_tokens(masking, embeddings, key, draws)
+                key = gather_tokens(key, selection.ids_visible)
+            else:
+                query, heads = self.first.split(self.latent_queries()), self.first.split(key)
+                guided = masking.guided(query, heads, key, embeddings, **draws)
+                selection, scores, (key, visible) = guided[:3]
         # values are projected for visible tokens only, so embeddings are gathered, not values
+        if visible is None:
+            visible = embeddings
+            if selection is not None:
+                visible = gather_tokens(embeddings, selection.ids_visible)  # (B, V, E)
+        if key is None:
+            key = self.first.key(visible)
+
         attend = _attend(selection, padding, ragged=padding is not None or mask is not None)
-        x = first(latents, query, key, first.value(visible), attend)  # (B, M, C)
+        if self.latents is None:
+            x, query = visible, self.token_queries(visible)
+        else:
+            x, query = self.latents.unsqueeze(0), self.latent_queries()
+        x = self.first(x, query, key, self.first.value(visible), attend)  # (B, M or V, C)
+        if self.latents is not None:
+            attend = None  # latents are never padding
         for _ in range(self.num_blocks):
             for layer in self.layers:
-                normed = layer.query_norm(x)
-                x = layer(x, layer.query(normed), layer.key(normed), layer.value(normed))
-        return SMAEncoding(x, selection, scores)
+                if self.checkpointing and self.training:
+                    x = checkpoint(layer.among, x, attend, use_reentrant=False)
+                else:
+                    x = layer.among(x, attend)
+        if attend is not None:
+            x = x.masked_fill(~attend.unsqueeze(2), 0.0)
+        return SMAEncoding(x, attend, selection, scores)
+
+    @torch.no_grad()
+    def _guided_by_tokens(
+        self, masking: SMAMasking, embeddings: Tensor, key: Tensor, draws: dict
+    ) -> tuple[TokenSelection, Tensor]:
+        return masking.guided_by_tokens(
+            embeddings,
+            self.first.split(key),
+            lambda rows: self.first.split(self.token_queries(rows)),
+            **draws,
+        )
 
 
 class SMADecoder(nn.Module):
-    """One cross-attention layer from positions onto the latents: predicts tokens at positions."""
+    """One cross-attention layer onto the encoder's output, a normalisation, and an output layer."""
 
-    def __init__(self, config: SMAConfig, embedding: SMAEmbedding) -> None:
+    def __init__(self, config: SMAConfig, outputs: int) -> None:
         super().__init__()
         width = config.decoder_channels
         self.context_norm = nn.LayerNorm(config.latent_channels)
@@ -268,44 +228,97 @@ class SMADecoder(nn.Module):
             config.decoder_widening_factor,
         )
         self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.output = nn.Linear(width, outputs)
+
+    def decode(self, x: Tensor, query: Tensor, encoding: SMAEncoding) -> Tensor:
+        """Returns (B, K, outputs).
+
+        Args:
+            x: (B or 1, K, width), the queries as they are, for the residual.
+            query: (B or 1, K, qk), the queries projected.
+            encoding: what they attend to.
+        """
+        context = self.context_norm(encoding.last_hidden_state)
+        key, value = self.layer.key(context), self.layer.value(context)
+        return self.output(self.norm(self.layer(x, query, key, value, encoding.attend)))
+
+
+class SMAPositionDecoder(SMADecoder):
+    """Predicts what stands at given positions; its queries are one learned row per position."""
+
+    def __init__(self, config: SMAConfig, embedding: SMAEmbedding) -> None:
+        discrete = config.input_type == "discrete"
+        super().__init__(config, config.num_discrete_tokens if discrete else config.input_channels)
+        width = config.decoder_channels
         if config.share_decoder_queries:
             self.queries = embedding.positions
         else:
             self.queries = nn.Embedding(config.max_position_embeddings, width)
-        discrete = config.input_type == "discrete"
-        self.output = nn.Linear(
-            width, config.num_discrete_tokens if discrete else config.input_channels
-        )
         if discrete and config.share_embedding_weights and width == config.embedded_channels:
             self.output.weight = embedding.tokens.weight
 
-    def forward(self, latents: Tensor, ids: Tensor, length: int) -> Tensor:
+    def forward(self, encoding: SMAEncoding, ids: Tensor, length: int) -> Tensor:
         """Returns (B, K, vocabulary or channels), the prediction at each of the positions `ids`.
 
         Args:
-            latents: (B, M, C), the encoder's output.
+            encoding: the encoder's output.
             ids: (B, K) int64 positions below `length`; what stands at -1 means nothing.
             length: N.
         """
-        layer = self.layer
         table = self.queries.weight[:length]  # (N, width)
         ids = ids.clamp(min=0)
-        query = layer.query(layer.query_norm(table))  # projected once per position, not per sample
-        context = self.context_norm(latents)
-        x = layer(
-            F.embedding(ids, table),
-            F.embedding(ids, query),
-            layer.key(context),
-            layer.value(context),
-        )
-        return self.output(self.norm(x))
+        query = self.layer.query(self.layer.query_norm(table))  # once per position, not per sample
+        return self.decode(F.embedding(ids, table), F.embedding(ids, query), encoding)
 
 
-class SMAForPretraining(nn.Module):
+class SMALabelDecoder(SMADecoder):
+    """Predicts the labels of a sample, from one learned query."""
+
+    def __init__(self, config: SMAConfig) -> None:
+        super().__init__(config, config.num_labels)
+        self.query = nn.Parameter(torch.empty(1, config.decoder_channels))
+
+    def forward(self, encoding: SMAEncoding) -> Tensor:
+        """Returns (B, num_labels)."""
+        x = self.query.unsqueeze(0)  # (1, 1, width)
+        return self.decode(x, self.layer.query(self.layer.query_norm(x)), encoding).squeeze(1)
+
+
+class _SMAModel(nn.Module):
+    # what the two models share: weights at the start, and the Trainer's switch for checkpointing
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
+        """Computes activations again in the backward pass, from now on: less memory, more time."""
+        self.encoder.checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations, from now on."""
+        self.encoder.checkpointing = False
+
+    def _initialise(self) -> None:
+        std, position_std = self.config.initializer_range, self.config.pe_initializer_range
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, SMALabelDecoder):
+                nn.init.normal_(module.query, std=std)
+        if self.encoder.latents is not None:
+            nn.init.normal_(self.encoder.latents, std=std)
+        nn.init.normal_(self.encoder.embedding.positions.weight, std=position_std)
+
+
+class SMAForPretraining(_SMAModel, HubModel):
     """SMA's pretraining model: hides tokens, encodes the rest, reconstructs what was hidden.
+
+    `save_pretrained(folder)` and `from_pretrained(folder or hub name)` are huggingface_hub's.
 
     Args:
         config: SMAConfig.
+
+    Attributes:
+        progress: the share of training that is done, in [0, 1], for annealed masks.
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
@@ -314,7 +327,8 @@ class SMAForPretraining(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = SMAEncoder(config)
-        self.decoder = SMADecoder(config, self.encoder.embedding)
+        self.decoder = SMAPositionDecoder(config, self.encoder.embedding)
+        self.progress = 1.0
         self._initialise()
 
     def forward(
@@ -341,9 +355,10 @@ class SMAForPretraining(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
-        encoding = self.encoder(inputs, attention_mask, self.config.masking, mask, generator)
+        masking = self.config.masking
+        encoding = self.encoder(inputs, attention_mask, masking, mask, self.progress, generator)
         ids = encoding.selection.ids_masked  # (B, K)
-        logits = self.decoder(encoding.last_hidden_state, ids, inputs.shape[1])
+        logits = self.decoder(encoding, ids, inputs.shape[1])
         loss = self._loss(logits.float(), gather_tokens(inputs, ids), ids >= 0)
         return SMAOutput(
             loss, encoding.last_hidden_state, encoding.selection.mask, ids, logits, encoding.scores
@@ -357,15 +372,88 @@ class SMAForPretraining(nn.Module):
         error = (logits - targets.float()).square().mean(dim=2)  # (B, K)
         return torch.where(counted, error, 0.0).sum() / total
 
-    def _initialise(self) -> None:
-        std, position_std = self.config.initializer_range, self.config.pe_initializer_range
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.encoder.latents, std=std)
-        nn.init.normal_(self.encoder.embedding.positions.weight, std=position_std)
+
+class SMAForPrediction(_SMAModel, HubModel):
+    """SMA's encoder with nothing masked, and one learned query that predicts labels.
+
+    `save_pretrained(folder)` and `from_pretrained(folder or hub name)` are huggingface_hub's.
+
+    Args:
+        config: SMAConfig; `num_labels` and `problem_type` say what is predicted.
+
+    Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 4.
+    """
+
+    def __init__(self, config: SMAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = SMAEncoder(config)
+        self.decoder = SMALabelDecoder(config)
+        self._initialise()
+
+    @classmethod
+    def from_pretraining(cls, model: SMAForPretraining, **changes: object) -> "SMAForPrediction":
+        """Returns a model with the pretrained encoder and a new decoder.
+
+        Args:
+            model: whose encoder is copied.
+            changes: fields of its config that differ: `num_labels`, `problem_type`, dropouts, ...
+
+        Returns:
+            SMAForPrediction.
+
+        Raises:
+            TypeError, ValueError: for unknown fields, and for those that change the encoder's shape.
+        """
+        prediction = cls(dataclasses.replace(model.config, **changes))
+        try:
+            prediction.encoder.load_state_dict(model.encoder.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"changes: these do not fit the pretrained encoder: {error}") from None
+        return prediction
+
+    def forward(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> SMAPrediction:
+        """Returns the predicted labels, and their loss.
+
+        Args:
+            inputs: (B, N) token ids, or (B, N, channels) values.
+            attention_mask: (B, N), 1 = valid, 0 = padding.
+            labels: (B,) int64 classes; or (B, num_labels) floats, 0 or 1 for multi-label, any for
+                regression ((B,) with one label). NaN: not known, left out of the loss.
+
+        Returns:
+            SMAPrediction; the loss is cross-entropy, binary cross-entropy or the squared error.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed.
+        """
+        encoding = self.encoder(inputs, attention_mask)
+        logits = self.decoder(encoding)
+        loss = None if labels is None else self._loss(logits.float(), labels)
+        return SMAPrediction(loss, logits, encoding.last_hidden_state)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        kind = self.config.problem_type
+        shape = logits.shape
+        if kind == "single_label_classification":
+            shape = logits.shape[:1]
+        elif labels.dim() == 1 and logits.shape[1] == 1:
+            labels = labels.unsqueeze(1)
+        if labels.shape != shape:
+            raise ValueError(
+                f"labels: got shape {tuple(labels.shape)}, allowed is {tuple(shape)} for {kind}"
+            )
+        if kind == "single_label_classification":
+            return F.cross_entropy(logits, labels.long())
+        known = ~labels.isnan()
+        labels = torch.where(known, labels, 0.0).float()
+        if kind == "regression":
+            each = (logits - labels).square()
+        else:
+            each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return torch.where(known, each, 0.0).sum() / known.sum().clamp(min=1)
 
 
 def _attend(

@@ -15,7 +15,8 @@ class SMAConfig:
         input_channels: channels of a continuous token.
         max_position_embeddings: the longest input.
         embedded_channels: E, width of the embedding.
-        encoder_type: "cross_attention": latents attend to tokens.
+        encoder_type: "cross_attention": latents attend to tokens; "self_attention": tokens attend
+            to each other, `embedded_channels` wide, without latents.
         num_latents: M.
         latent_channels: C.
         num_blocks: how often the block of layers is repeated, with the same weights.
@@ -31,6 +32,8 @@ class SMAConfig:
         dense_use_bias: whether projections have a bias.
         attention_dropout_prob: on attention weights, in [0, 1).
         hidden_dropout_prob: on embeddings and the two outputs of a layer, in [0, 1).
+        drop_path_prob: chance that a sample skips a branch of the last layer, in [0, 1); it grows
+            from 0 at the first layer, as in stochastic depth (arXiv 1603.09382).
         initializer_range: standard deviation of initial weights.
         pe_initializer_range: standard deviation of initial position embeddings.
         decoder_channels: width of decoder queries and values. Default: E.
@@ -41,6 +44,9 @@ class SMAConfig:
         share_decoder_queries: decoder queries are the position embeddings, not their own table.
         share_embedding_weights: discrete output through the token table, where widths agree.
         masking: SMAMasking, or a dict of its arguments.
+        num_labels: outputs of SMAForPrediction.
+        problem_type: of SMAForPrediction: "single_label_classification",
+            "multi_label_classification" or "regression".
 
     Raises:
         ValueError: naming the field, what was given and what is allowed.
@@ -68,6 +74,7 @@ class SMAConfig:
     dense_use_bias: bool = True
     attention_dropout_prob: float = 0.0
     hidden_dropout_prob: float = 0.0
+    drop_path_prob: float = 0.0
     initializer_range: float = 0.02
     pe_initializer_range: float = 0.02
     decoder_channels: int | None = None
@@ -77,6 +84,8 @@ class SMAConfig:
     share_decoder_queries: bool = True
     share_embedding_weights: bool = True
     masking: SMAMasking = field(default_factory=SMAMasking)
+    num_labels: int = 2
+    problem_type: str = "single_label_classification"
 
     def __post_init__(self) -> None:
         self.qk_channels = self.qk_channels or self.latent_channels
@@ -89,7 +98,20 @@ class SMAConfig:
         if isinstance(self.masking, dict):
             self.masking = SMAMasking(**self.masking)
         _check_field(self, "input_type", ("discrete", "continuous"))
-        _check_field(self, "encoder_type", ("cross_attention",))
+        _check_field(self, "encoder_type", ("cross_attention", "self_attention"))
+        _check_field(
+            self,
+            "problem_type",
+            ("single_label_classification", "multi_label_classification", "regression"),
+        )
+        if self.encoder_type == "self_attention" and self.embedded_channels != self.latent_channels:
+            raise ValueError(
+                f"embedded_channels: got {self.embedded_channels}, allowed is latent_channels "
+                f"({self.latent_channels}) with encoder_type 'self_attention'"
+            )
+        for name in ("attention_dropout_prob", "hidden_dropout_prob", "drop_path_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is [0, 1)")
         for name, heads in (
             ("qk_channels", "num_self_attention_heads"),
             ("v_channels", "num_self_attention_heads"),
@@ -109,6 +131,7 @@ class SMAConfig:
             "num_latents",
             "latent_channels",
             "num_blocks",
+            "num_labels",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is at least 1")
