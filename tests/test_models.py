@@ -3,20 +3,26 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import golden
 
 import sma_fast
 from sma_fast.masking.sma import SMAMasking, given_selection
 from sma_fast.models import SMAConfig, SMAForPretraining, load_published
 from sma_fast.models.published import _our_name
 
-GOLDEN = Path(__file__).parents[1] / "../shared/golden"
-PUBLISHED = ("image_cross", "image_cross_noise", "language_cross", "protein_cross_wide", "physics_self", "molecule_self", "molecule_self_mean")
+PUBLISHED = (
+    "image_cross",
+    "image_cross_noise",
+    "language_cross",
+    "protein_cross_wide",
+    "physics_self",
+    "molecule_self",
+    "molecule_self_mean",
+)
 KINDS = ("discrete", "continuous")
 
 
@@ -72,14 +78,6 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, scale: float | No
 
 
 # Published behaviour
-
-
-def golden(name: str) -> dict:
-    path = GOLDEN / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"no golden files: {path} is not there")
-    with np.load(path) as file:
-        return {key: file[key] for key in file.files}
 
 
 def published(data: dict) -> tuple[dict, dict]:
