@@ -3,27 +3,22 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import golden
+from golden import RECORDED, golden, load_recorded, recorded_draws
 
 import sma_fast
 from sma_fast.masking.sma import SMAMasking, given_selection
-from sma_fast.models import SMAConfig, SMAForPretraining, load_published
+from sma_fast.models import SMAConfig, SMAForPrediction, SMAForPretraining, load_published
 from sma_fast.models.published import _our_name
+from sma_fast.models.sma import SMAOutput
 
-PUBLISHED = (
-    "image_cross",
-    "image_cross_noise",
-    "language_cross",
-    "protein_cross_wide",
-    "physics_self",
-    "molecule_self",
-    "molecule_self_mean",
-)
 KINDS = ("discrete", "continuous")
+SELF = {"encoder_type": "self_attention", "embedded_channels": 16, "decoder_heads": 4}
+ENCODERS = {"cross": {}, "self": SELF}
 
 
 def config(kind: str = "discrete", **changes) -> SMAConfig:
@@ -94,7 +89,7 @@ def published(data: dict) -> tuple[dict, dict]:
     return json_config, weights
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", RECORDED)
 def test_golden_loss_hidden_state_and_gradients(name: str) -> None:
     data = golden(name)
     model = load_published(*published(data))
@@ -104,7 +99,14 @@ def test_golden_loss_hidden_state_and_gradients(name: str) -> None:
     )
     assert torch.equal(out.mask, mask)
     assert out.loss.item() == pytest.approx(float(data["loss"]), rel=1e-5)
-    assert_close(out.last_hidden_state, torch.from_numpy(data["last_hidden_state"]))
+    hidden, expected = out.last_hidden_state, torch.from_numpy(data["last_hidden_state"])
+    if model.encoder.latents is None:  # rows of visible tokens, and something else behind them
+        number = torch.from_numpy(data["attention_mask_out"]).sum(dim=1)
+        rows = torch.arange(expected.shape[1]) < number[:, None]
+        assert number.max() == expected.shape[1]
+        assert not hidden[:, expected.shape[1] :].any()
+        hidden, expected = hidden[:, : expected.shape[1]][rows], expected[rows]
+    assert_close(hidden, expected)
 
     out.loss.backward()
     parameters = dict(model.named_parameters())
@@ -116,25 +118,53 @@ def test_golden_loss_hidden_state_and_gradients(name: str) -> None:
         assert_close(parameters[_our_name(key)].grad, torch.from_numpy(value), scale)
 
 
-@pytest.mark.parametrize("name", ["image_cross", "language_cross", "protein_cross_wide"])
-def test_golden_mask_from_recorded_queries(name: str) -> None:
-    data = golden(name)
-    model = load_published(*published(data))
-    encoder, masking = model.encoder, model.config.masking
-    inputs = torch.from_numpy(data["inputs"])
-    with torch.no_grad():
-        query = encoder.first.split(encoder.latent_queries())
-        key = encoder.first.split(encoder.first.key(encoder.embedding(inputs)))
-    count = masking.count_queries(key.shape[2], query.shape[2])
-    drawn = [torch.from_numpy(data[f"randperm/{i}"])[:count] for i in range(len(inputs))]
-    result = sma_fast.self_guided_masking(
-        query,
-        key,
-        mask_ratio=masking.mask_ratio,
-        query_index=torch.stack(drawn),
-        key_padding_mask=torch.from_numpy(data["attention_mask"]) == 0,
-    )
-    assert torch.equal(result.selection.mask, torch.from_numpy(data["loss_mask"]).bool())
+class RecordedMasking(SMAMasking):
+    """Draws what was recorded instead of drawing."""
+
+    def draw_tokens(self, *_) -> torch.Tensor:
+        return self.draws["query_index"]
+
+    def select(self, scores: torch.Tensor, **options) -> sma_fast.TokenSelection:
+        options |= {"noise": self.draws["noise"], "generator": None}
+        return super().select(scores, **options)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_golden_mask_from_recorded_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = load_published(*published(golden(name))), load_recorded(name)
+    meta = json.loads(str(data["meta"]))
+    draws = recorded_draws(data, meta["masking"], meta["noise_scale"])
+    index = draws["query_index"]
+    masking = RecordedMasking(**dataclasses.asdict(model.config.masking))
+    object.__setattr__(masking, "draws", draws)
+    # the recorded noise scale is the amount of noise where the cosine stands at it
+    progress = math.acos(2 * meta["noise_scale"] - 1) / math.pi if meta["noise_scale"] else 1.0
+    if model.encoder.latents is None:
+        if draws["head_index"] is not None:
+            heads = draws["head_index"].gather(1, index.clamp(min=0))
+            monkeypatch.setattr(torch, "randint", lambda *_, **__: heads)
+        mask = model.encoder(
+            data["inputs"], data["attention_mask"], masking, progress=progress
+        ).selection.mask
+    else:
+        assert masking.count_queries(*data["attn_logits"].shape[:1:-1]) == index.shape[1]
+        encoder = model.encoder
+        with torch.no_grad():
+            key = encoder.first.split(encoder.first.key(encoder.embedding(data["inputs"])))
+            query = encoder.first.split(encoder.latent_queries())
+        padding = data["attention_mask"] == 0
+        scores = sma_fast.attention_scores(query, key, query_index=index, key_padding_mask=padding)
+        mask = masking.select(scores, key_padding_mask=padding, progress=progress).mask
+        if not meta["noise_scale"]:  # and in one call
+            guided = sma_fast.self_guided_masking(
+                query,
+                key,
+                mask_ratio=masking.mask_ratio,
+                query_index=index,
+                key_padding_mask=padding,
+            )
+            assert torch.equal(guided.selection.mask, mask)
+    assert torch.equal(mask, data["loss_mask"].bool())
 
 
 def test_load_published_reads_the_masker() -> None:
@@ -206,15 +236,18 @@ def plain_forward(
     encoder, decoder = model.encoder, model.decoder
     embeddings = encoder.embedding(inputs)
     hidden = torch.zeros(mask.shape).masked_fill(mask | (valid == 0), float("-inf"))
-    x = encoder.latents.expand(len(inputs), -1, -1)
-    x = attend(encoder.first, x, encoder.first.query_norm(x), embeddings, hidden[:, None, None, :])
+    hidden = hidden[:, None, None, :]
+    tokens = encoder.latents is None
+    x = embeddings if tokens else encoder.latents.expand(len(inputs), -1, -1)
+    x = attend(encoder.first, x, encoder.first.query_norm(x), embeddings, hidden)
+    later = hidden if tokens else 0.0  # tokens stay where they are, hidden ones among them
     for _ in range(model.config.num_blocks):
         for layer in encoder.layers:
             normed = layer.query_norm(x)
-            x = attend(layer, x, normed, normed)
+            x = attend(layer, x, normed, normed, later)
     queries = decoder.queries.weight[: inputs.shape[1]].expand(len(inputs), -1, -1)
     layer = decoder.layer
-    logits = attend(layer, queries, layer.query_norm(queries), decoder.context_norm(x))
+    logits = attend(layer, queries, layer.query_norm(queries), decoder.context_norm(x), later)
     logits = decoder.output(decoder.norm(logits))
     counted = mask & (valid == 1)
     if model.config.input_type == "discrete":
@@ -229,6 +262,8 @@ def plain_forward(
         {},
         {"share_decoder_queries": False, "decoder_channels": 15, "num_blocks": 2},
         {"share_embedding_weights": False, "dense_use_bias": False, "v_channels": 8},
+        SELF,
+        SELF | {"num_blocks": 2, "share_decoder_queries": False, "decoder_channels": 20},
     ],
 )
 def test_loss_equals_the_plain_formula(kind: str, changes: dict) -> None:
@@ -239,20 +274,47 @@ def test_loss_equals_the_plain_formula(kind: str, changes: dict) -> None:
     loss, hidden = plain_forward(model, inputs, valid, mask)
     out = model(inputs, valid, mask=mask)
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(out.last_hidden_state, hidden, rtol=1e-9, atol=1e-9)
+    hidden_again = in_place(model, out, valid, hidden)
+    torch.testing.assert_close(hidden_again, hidden, rtol=1e-9, atol=1e-9)
     plain = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     ours = torch.autograd.grad(out.loss, list(model.parameters()), allow_unused=True)
     for expected, actual in zip(plain, ours, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
 
 
+def in_place(
+    model: SMAForPretraining, out: SMAOutput, valid: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """The encoder's output where plain_forward has it: visible tokens among all, as they stood."""
+    if model.encoder.latents is not None:
+        return out.last_hidden_state
+    back = hidden.clone()  # hidden tokens have an output there, which nothing uses
+    visible = ~out.mask & (valid == 1)
+    for row, shown in enumerate(visible):
+        back[row, shown] = out.last_hidden_state[row, : int(shown.sum())]
+        assert not out.last_hidden_state[row, int(shown.sum()) :].any()
+    return back
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_guided_loss_is_the_loss_of_the_mask_it_returns(kind: str) -> None:
-    model, inputs, valid = build(kind), sample(kind), lengths(20, 13, 7, 2)
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("padding", ["none", "right", "left", "scattered"])
+@pytest.mark.parametrize("mask_self", [False, True])
+def test_guided_loss_is_the_loss_of_the_mask_it_returns(
+    kind: str, encoder: str, padding: str, mask_self: bool
+) -> None:
+    masking = SMAMasking(mask_ratio=0.4, num_per_query=4, mask_self=mask_self)
+    model, inputs = build(kind, **ENCODERS[encoder], masking=masking), sample(kind)
+    valid = None if padding == "none" else lengths(20, 13, 7, 2)
+    if padding == "left":
+        valid = valid.flip(1)
+    if padding == "scattered":
+        valid = valid[:, torch.randperm(20, generator=rng())]
     out = model(inputs, valid, generator=rng())
+    valid = lengths(20, 20, 20, 20) if valid is None else valid
     loss, hidden = plain_forward(model, inputs, valid, out.mask)
     torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=0)
-    assert_close(out.last_hidden_state, hidden.detach())
+    assert_close(in_place(model, out, valid, hidden).detach(), hidden.detach())
 
 
 # Shapes, masks and padding
@@ -446,8 +508,9 @@ def test_given_selection() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles_without_graph_breaks(kind: str) -> None:
-    model, inputs, valid = build(kind), sample(kind), lengths(20, 13, 7, 2)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_compiles_without_graph_breaks(kind: str, encoder: str) -> None:
+    model, inputs, valid = build(kind, **ENCODERS[encoder]), sample(kind), lengths(20, 13, 7, 2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []
     for forward in (model, compiled):
@@ -472,8 +535,25 @@ def test_autocast() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_dropout_only_in_training() -> None:
-    model = build(attention_dropout_prob=0.3, hidden_dropout_prob=0.3)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_checkpointing_changes_nothing(encoder: str) -> None:
+    model, inputs, mask = build(**ENCODERS[encoder]), sample("discrete"), random_mask()
+    losses = []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        loss = model(inputs, lengths(20, 13, 7, 2), mask=mask).loss
+        losses.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for kept, computed_again in zip(*losses, strict=True):
+        torch.testing.assert_close(computed_again, kept)
+
+
+@pytest.mark.parametrize(
+    "dropout",
+    [{"attention_dropout_prob": 0.3, "hidden_dropout_prob": 0.3}, {"drop_path_prob": 0.5}],
+    ids=str,
+)
+def test_dropout_only_in_training(dropout: dict) -> None:
+    model = build(**dropout)
     inputs, mask = sample("discrete"), random_mask()
     assert model(inputs, mask=mask).loss != model(inputs, mask=mask).loss
     model.eval()
@@ -539,3 +619,178 @@ def test_config_goes_through_a_dict() -> None:
 def test_forward_refuses(kind: str, arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         build(kind)(**({"inputs": sample(kind)} | arguments))
+
+
+# Tokens that attend to each other
+
+
+def test_self_attention_draws_from_each_rows_own_tokens() -> None:
+    masking = SMAMasking(mask_ratio=0.4, num_per_query=2)
+    padding = lengths(20, 13, 7, 2, 0)[:, torch.randperm(20, generator=rng())] == 0
+    drawn = masking.draw_tokens(torch.empty(5, 20, 1), padding, rng())
+    assert drawn.shape == (5, 4)
+    for row, number in zip(drawn, (4, 3, 1, 1, 0), strict=True):  # round(n .4 / 2), at least 1
+        assert (row >= 0).sum() == number
+    assert not padding.gather(1, drawn.clamp(min=0))[drawn >= 0].any()
+    assert (masking.draw_tokens(torch.empty(3, 20, 1)) >= 0).all()
+
+
+def test_mask_self_masks_the_drawn_tokens_first() -> None:
+    masking = SMAMasking(mask_ratio=0.4, num_per_query=2, mask_self=True)
+    scores, drawn = torch.rand(3, 20, generator=rng()), torch.tensor([[1, 5], [3, -1], [-1, -1]])
+    plain = dataclasses.replace(masking, mask_self=False).select(scores, drawn=drawn)
+    selection = masking.select(scores, drawn=drawn)
+    assert selection.mask[0, [1, 5]].all() and selection.mask[1, 3]
+    assert torch.equal(selection.mask[2], plain.mask[2])
+    assert selection.num_masked.tolist() == [8, 8, 8]
+
+
+# Annealing
+
+
+@pytest.mark.parametrize(
+    ("anneal_by", "progress", "expected"),
+    [
+        ("share", 0.0, {"random_fraction": 0.9}),
+        ("share", 0.125, {"random_fraction": 0.45}),
+        ("share", 0.25, {}),
+        ("pool", 0.0, {"pool_ratio": 0.9}),
+        ("pool", 0.125, {"pool_ratio": 0.65}),
+        ("pool", 1.0, {}),
+    ],
+)
+def test_annealing(anneal_by: str, progress: float, expected: dict) -> None:
+    masking = SMAMasking(
+        mask_ratio=0.4,
+        select_initial_ratio=0.9,
+        schedule_length_ratio=0.25,
+        anneal_by=anneal_by,
+    )
+    assert masking.annealing(progress) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("anneal_by", ["share", "pool"])
+def test_annealed_masks_begin_at_random_and_end_guided(encoder: str, anneal_by: str) -> None:
+    masking = SMAMasking(
+        mask_ratio=0.25, num_queries=1, select_initial_ratio=1.0, anneal_by=anneal_by
+    )
+    model = build(**ENCODERS[encoder], masking=masking)
+    inputs = sample("discrete", batch=1).expand(2000, -1)
+    shares = {}
+    for progress in (0.0, 1.0):
+        model.progress = progress
+        with torch.no_grad():
+            shares[progress] = model(inputs, generator=rng()).mask.float().mean(dim=0)
+    deviation = math.sqrt(0.25 * 0.75 / 2000)
+    assert (shares[0.0] - 0.25).abs().max() < 5 * deviation
+    assert (shares[1.0] - 0.25).abs().max() > 20 * deviation
+
+
+# Prediction
+
+PROBLEMS = {
+    "single_label_classification": torch.tensor([0, 2, 1, 1]),
+    "multi_label_classification": torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 0]]),
+    "regression": torch.tensor([[0.5, -1, 2], [0, 0.1, 1], [1, 3, 1], [0, 1, -4]]),
+}
+
+
+def build_prediction(problem: str, encoder: str = "cross", **changes) -> SMAForPrediction:
+    torch.manual_seed(0)
+    changes |= ENCODERS[encoder]
+    return SMAForPrediction(config(problem_type=problem, num_labels=3, **changes))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_prediction(problem: str, encoder: str) -> None:
+    model, labels = build_prediction(problem, encoder), PROBLEMS[problem]
+    inputs, valid = sample("discrete"), lengths(20, 13, 7, 2)
+    out = model(inputs, valid, labels)
+    assert out.logits.shape == (4, 3)
+    expected = {
+        "single_label_classification": F.cross_entropy,
+        "multi_label_classification": F.binary_cross_entropy_with_logits,
+        "regression": F.mse_loss,
+    }[problem](out.logits, labels)
+    torch.testing.assert_close(out.loss, expected)
+    assert model(inputs, valid).loss is None
+    for row, length in enumerate((20, 13, 7, 2)):  # padding changes nothing
+        alone = model(inputs[row : row + 1, :length]).logits
+        torch.testing.assert_close(alone, out.logits[row : row + 1], rtol=1e-4, atol=1e-5)
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_unknown_labels_are_left_out(problem: str) -> None:
+    model, labels = build_prediction(problem), PROBLEMS[problem].clone()
+    labels[0], labels[2, 1] = math.nan, math.nan
+    out = model(sample("discrete"), labels=labels)
+    known = ~labels.isnan()
+    one = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(out.loss, one(out.logits[known], labels[known]))
+    assert model(sample("discrete"), labels=torch.full((4, 3), math.nan)).loss == 0
+
+
+def test_one_regression_label_may_be_flat() -> None:
+    torch.manual_seed(0)
+    model = SMAForPrediction(config(problem_type="regression", num_labels=1))
+    labels = torch.randn(4)
+    flat, column = (model(sample("discrete"), labels=y).loss for y in (labels, labels[:, None]))
+    assert flat == column
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_prediction_from_pretraining(encoder: str) -> None:
+    pretrained = build(**ENCODERS[encoder])
+    model = SMAForPrediction.from_pretraining(pretrained, num_labels=5, hidden_dropout_prob=0.1)
+    assert model.config.num_labels == 5 and pretrained.config.num_labels == 2
+    inputs = sample("discrete")
+    model.eval()
+    assert torch.equal(
+        model(inputs).last_hidden_state, pretrained.eval().encoder(inputs).last_hidden_state
+    )
+    with pytest.raises(TypeError, match="labels_number"):
+        SMAForPrediction.from_pretraining(pretrained, labels_number=5)
+    with pytest.raises(ValueError, match="do not fit the pretrained encoder"):
+        SMAForPrediction.from_pretraining(pretrained, max_position_embeddings=99)
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [
+        ("single_label_classification", torch.zeros(3)),
+        ("single_label_classification", torch.zeros(4, 3)),
+        ("multi_label_classification", torch.zeros(4)),
+        ("regression", torch.zeros(4, 2)),
+    ],
+)
+def test_prediction_refuses_labels(problem: str, labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"labels: got shape"):
+        build_prediction(problem)(sample("discrete"), labels=labels)
+
+
+# Saved and loaded
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_saved_and_loaded_again(encoder: str, shared: bool, tmp_path: Path) -> None:
+    model = build(**ENCODERS[encoder], share_decoder_queries=shared)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    loaded = SMAForPretraining.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert (loaded.decoder.queries is loaded.encoder.embedding.positions) == shared
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+
+    prediction = SMAForPrediction.from_pretraining(model, num_labels=7)
+    prediction.save_pretrained(tmp_path / "prediction")
+    again = SMAForPrediction.from_pretrained(tmp_path / "prediction")
+    assert again.config == prediction.config
+    inputs = sample("discrete")
+    assert torch.equal(again.eval()(inputs).logits, prediction.eval()(inputs).logits)

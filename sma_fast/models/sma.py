@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 from sma_fast.masking.sma import SMAMasking, given_selection
 from sma_fast.models.hub import HubModel
 from sma_fast.models.layers import AttentionLayer, SMAEmbedding
@@ -284,8 +283,10 @@ class SMALabelDecoder(SMADecoder):
         return self.decode(x, self.layer.query(self.layer.query_norm(x)), encoding).squeeze(1)
 
 
-class _SMAModel(nn.Module):
-    # what the two models share: weights at the start, and the Trainer's switch for checkpointing
+class _SMAModel(nn.Module, HubModel):
+    # what the two models share: weights at the start, saving, and what the Trainer asks for
+
+    main_input_name = "inputs"
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
         """Computes activations again in the backward pass, from now on: less memory, more time."""
@@ -309,7 +310,7 @@ class _SMAModel(nn.Module):
         nn.init.normal_(self.encoder.embedding.positions.weight, std=position_std)
 
 
-class SMAForPretraining(_SMAModel, HubModel):
+class SMAForPretraining(_SMAModel):
     """SMA's pretraining model: hides tokens, encodes the rest, reconstructs what was hidden.
 
     `save_pretrained(folder)` and `from_pretrained(folder or hub name)` are huggingface_hub's.
@@ -373,7 +374,7 @@ class SMAForPretraining(_SMAModel, HubModel):
         return torch.where(counted, error, 0.0).sum() / total
 
 
-class SMAForPrediction(_SMAModel, HubModel):
+class SMAForPrediction(_SMAModel):
     """SMA's encoder with nothing masked, and one learned query that predicts labels.
 
     `save_pretrained(folder)` and `from_pretrained(folder or hub name)` are huggingface_hub's.
@@ -403,7 +404,7 @@ class SMAForPrediction(_SMAModel, HubModel):
             SMAForPrediction.
 
         Raises:
-            TypeError, ValueError: for unknown fields, and for those that change the encoder's shape.
+            TypeError, ValueError: for unknown fields, or those that change the encoder's shape.
         """
         prediction = cls(dataclasses.replace(model.config, **changes))
         try:
