@@ -1,0 +1,159 @@
+"""Arrow files on disk that data sets are memory-mapped from."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from sma_fast.training.data.errors import DataError
+from sma_fast.training.data.rows import FILE
+
+VERSION = 1  # of what is written; another one is written anew
+
+
+def cache_folder(cache: str | os.PathLike | None) -> Path:
+    """Returns the folder of converted files, made where it is missing.
+
+    Args:
+        cache: the folder. Default: "sma_fast" in the cache of Hugging Face datasets.
+
+    Returns:
+        Path.
+
+    Raises:
+        DataError: where it cannot be made.
+    """
+    folder = Path(cache or Path(datasets.config.HF_DATASETS_CACHE) / "sma_fast").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_place(folder, error) from error
+    return folder
+
+
+def stored(
+    tables: Iterator[tuple[int, pa.Table]], places: Sequence[str], key: Any, cache: Path
+) -> datasets.Dataset:
+    """Returns rows as a memory-mapped data set, written to `cache` where they are not yet there.
+
+    A file appears under its name when it is complete, never before; two processes may write it at
+    the same time.
+
+    Args:
+        tables: (index into `places`, some rows), at least one; read only where the file is not
+            there.
+        places: what stands before a line in messages, such as "/data/a.csv, line".
+        key: JSON-able; what the file depends on.
+        cache: folder.
+
+    Returns:
+        Data set with the column that names the place.
+
+    Raises:
+        DataError: where the folder cannot be written to, or tables do not have the same columns.
+    """
+    text = json.dumps([VERSION, list(places), key], sort_keys=True, default=str)
+    target = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.arrow"
+    if not target.exists():
+        temporary = None
+        try:
+            descriptor, temporary = tempfile.mkstemp(dir=cache, suffix=".part")
+            with os.fdopen(descriptor, "wb") as sink:
+                _write(tables, places, _Sink(sink, cache))
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.filename == temporary or temporary is None:
+                raise _no_place(cache, error) from error
+            raise
+        finally:
+            if temporary is not None and os.path.exists(temporary):
+                os.unlink(temporary)
+    return datasets.Dataset.from_file(str(target))
+
+
+class _Sink:
+    # a file whose errors say which folder is full; pyarrow needs these four
+    def __init__(self, file, folder: Path) -> None:
+        self._file, self._folder, self.closed = file, folder, False
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            raise _no_place(self._folder, error) from error
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _no_place(self._folder, error) from error
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self.flush()
+        self.closed = True
+
+
+def _write(tables: Iterator[tuple[int, pa.Table]], places: Sequence[str], sink: _Sink) -> None:
+    writer = schema = None
+    for place, table in tables:
+        where = pa.array(np.full(len(table), place, np.int64))
+        table = table.append_column(FILE, where)
+        if writer is None:
+            features = _features(table.schema, places[place])
+            features[FILE] = datasets.ClassLabel(names=list(places))
+            if "image" in features and features["image"] == dict(_PICTURE):
+                features["image"] = datasets.Image()
+            schema = features.arrow_schema
+            writer = pa.ipc.new_stream(sink, schema)
+        writer.write_table(_same_columns(table, schema, places[place]), max_chunksize=len(table))
+    writer.close()
+    sink.flush()
+
+
+_PICTURE = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+
+
+def _features(schema: pa.Schema, place: str) -> datasets.Features:
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise DataError(
+            f"{place.rpartition(', ')[0]}: got a column of a type that cannot be used ({error}); "
+            "leave it out"
+        ) from error
+
+
+def _same_columns(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
+    if set(table.column_names) != set(schema.names):
+        raise DataError(
+            f"{place.rpartition(', ')[0]}: got columns {_shown(table.schema)}, allowed is "
+            f"{_shown(schema)} as in the files before; open it on its own"
+        )
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"{place.rpartition(', ')[0]}: got other types of columns than before ({error}); "
+            "open it on its own"
+        ) from error
+
+
+def _shown(schema: pa.Schema) -> str:
+    return ", ".join(name for name in schema.names if not name.startswith("__"))
+
+
+def _no_place(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{folder}: cannot write converted data there ({error.strerror or error}); free some space "
+        "or give another folder as cache"
+    )
