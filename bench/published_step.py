@@ -1,4 +1,4 @@
-"""The published model's pretraining step in plain PyTorch, with the weights of this project's model.
+"""The published model's pretraining step in plain PyTorch, with this project's weights.
 
 Its cost structure: the first layer keeps the logits of every query and softmaxes them twice, the
 heads are reduced for all of them, masks and visible tokens are found sample by sample in Python,

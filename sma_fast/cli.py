@@ -1,15 +1,18 @@
-"""The sma-fast command: `sma-fast demo`, `sma-fast info`."""
+"""The sma-fast command: demo, pretrain, finetune, evaluate, info."""
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sma_fast
 from sma_fast import _dispatch
 
 _DEMO_NEEDS = ("transformers", "accelerate", "sklearn", "matplotlib")
+_TRAIN_NEEDS = ("transformers", "accelerate", "datasets", "sklearn", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,13 +57,159 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="optimiser steps of each run (default: as many as take a few minutes)",
     )
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a model on any data",
+        description="Hides tokens that the model chooses itself and learns to reconstruct them. "
+        "Killed at any moment, the same command with --resume goes on.",
+    )
+    _data_arguments(pretrain)
+    _train_arguments(pretrain)
+    pretrain.add_argument("--mask", choices=("guided", "random"), default="guided")
+
+    finetune = commands.add_parser(
+        "finetune",
+        help="train a pretrained model, or a new one, to predict labels",
+        description="Trains to predict labels; the best checkpoint is chosen on the validation "
+        "part, and the test part is looked at once, at the end.",
+    )
+    _data_arguments(finetune)
+    _train_arguments(finetune)
+    finetune.add_argument(
+        "--from", dest="pretrained", type=Path, metavar="DIR", help="a folder of sma-fast pretrain"
+    )
+    finetune.add_argument(
+        "--label", nargs="+", required=True, metavar="COLUMN", help="columns to predict"
+    )
+    finetune.add_argument(
+        "--task", choices=("classification", "multilabel", "regression"), required=True
+    )
+    finetune.add_argument(
+        "--patience", type=_positive, metavar="N", help="evaluations without gain"
+    )
+
+    evaluate = commands.add_parser(
+        "evaluate", help="scores of a fine-tuned model, or the loss of a pretrained one"
+    )
+    evaluate.add_argument("checkpoint", type=Path, help="a folder that sma-fast wrote")
+    _data_arguments(evaluate)
+    evaluate.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     commands.add_parser("info", help="versions, build, and which code answers each op")
 
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(_info())
         return 0
-    return _demo(demo, options)
+    if options.command == "demo":
+        return _demo(demo, options)
+    return _train(commands.choices[options.command], options)
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("source", nargs="+", help="files, a folder of pictures, or a name on the hub")
+    data.add_argument("--validation", metavar="PATH", help="a source of its own")
+    data.add_argument("--test", metavar="PATH", help="a source of its own")
+    data.add_argument("--split-column", metavar="NAME", help="says which part a row belongs to")
+    data.add_argument(
+        "--parts", nargs="+", type=_assignment, metavar="PART=VALUE", help="e.g. valid=validation"
+    )
+    data.add_argument("--validation-share", type=float, default=0.05, metavar="X")
+    data.add_argument("--test-share", type=float, default=0.0, metavar="X")
+    data.add_argument("--split-seed", type=int, default=0, metavar="N")
+    data.add_argument("--format", help="instead of the one that the extension names")
+    data.add_argument("--columns", nargs="+", metavar="NAME", help="for files without a header")
+    data.add_argument("--input", nargs="+", dest="inputs", metavar="COLUMN", help="what to encode")
+    data.add_argument("--min-length", type=_positive, metavar="N", help="leave shorter ones out")
+    data.add_argument("--max-length", type=_positive, metavar="N", help="leave longer ones out")
+    data.add_argument("--too-long", choices=("error", "truncate"), default="error")
+    data.add_argument("--resize", metavar="FILTER", help="bring pictures to one size")
+    data.add_argument("--cache", metavar="DIR", help="folder of converted files")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    train = parser.add_argument_group("training (default: what the preset says)")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR")
+    train.add_argument("--preset", default="language", help="protein, molecule, physics, ...")
+    train.add_argument("--scale", default="full", help="full, or small for two cores")
+    train.add_argument(
+        "--set",
+        nargs="+",
+        type=_assignment,
+        dest="model",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of SMAConfig",
+    )
+    train.add_argument(
+        "--set-mask",
+        nargs="+",
+        type=_assignment,
+        dest="masking",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of SMAMasking, e.g. mask_ratio=0.2",
+    )
+    train.add_argument("--epochs", type=float, metavar="X")
+    train.add_argument("--steps", type=_positive, metavar="N")
+    train.add_argument("--batch-size", type=_positive, metavar="N", help="over all processes")
+    train.add_argument("--learning-rate", type=float, metavar="X")
+    train.add_argument("--weight-decay", type=float, metavar="X")
+    train.add_argument("--warmup-steps", type=int, metavar="N")
+    train.add_argument("--scheduler", help="cosine, constant, linear")
+    train.add_argument("--seed", type=int, default=0, metavar="N")
+    train.add_argument("--accumulate", type=_positive, default=1, metavar="N")
+    train.add_argument("--workers", type=int, default=0, metavar="N")
+    train.add_argument("--limit-train", type=_positive, metavar="N", help="rows of the train part")
+    train.add_argument("--save-steps", type=_positive, metavar="N")
+    train.add_argument("--bf16", action="store_true")
+    train.add_argument("--compile", action="store_true")
+    train.add_argument("--gradient-checkpointing", action="store_true")
+    train.add_argument("--fsdp", metavar="MODE", help="as transformers' TrainingArguments")
+    train.add_argument("--tensorboard", action="store_true")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+
+def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from sma_fast.training.extras import MissingExtra, require
+
+    try:
+        require(*_TRAIN_NEEDS)
+    except MissingExtra as error:
+        return _fail(error)
+
+    import dataclasses
+
+    from sma_fast.training import run
+    from sma_fast.training.options import DataOptions, TrainOptions
+
+    given: dict[str, Any] = vars(options)
+    for name in ("parts", "model", "masking"):
+        if given.get(name) is not None:
+            given[name] = dict(given[name])
+    if given.get("parts"):
+        given["parts"] = {part: str(value) for part, value in given["parts"].items()}
+    for name in ("source", "columns", "inputs"):
+        given[name] = None if given[name] is None else tuple(given[name])
+
+    def of(kind: type) -> Any:
+        return kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given})
+
+    try:
+        data = of(DataOptions)
+        if options.command == "evaluate":
+            results = run.evaluate(options.checkpoint, data, options.batch_size)
+        elif options.command == "pretrain":
+            results = run.pretrain(of(TrainOptions), data)
+        else:
+            results = run.finetune(
+                of(TrainOptions), data, tuple(options.label), options.task, options.pretrained
+            )
+    except (ValueError, OSError) as error:  # ours say what to do; OSError: a disk that is full
+        return _fail(error)
+    print(json.dumps(results, indent=1))
+    return 0
 
 
 def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -96,6 +245,16 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a whole number of at least 1")
     return number
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is NAME=VALUE")
+    try:
+        return name, json.loads(value)  # numbers, true, false, null
+    except ValueError:
+        return name, value
 
 
 def _not_writable(folder: Path) -> str | None:

@@ -20,10 +20,13 @@ class CheckpointError(ValueError):
 
 
 def mark_complete(folder: Path) -> None:
-    """Writes what the files of `folder` are, so that `check` can tell whether they still are."""
+    """Writes what the files of `folder` are, so that `check` can tell whether they still are.
+
+    Folders in it, such as checkpoints of a run, are not looked into.
+    """
     files = {
-        str(path.relative_to(folder)): [path.stat().st_size, _crc(path)]
-        for path in sorted(folder.rglob("*"))
+        path.name: [path.stat().st_size, _crc(path)]
+        for path in sorted(folder.iterdir())
         if path.is_file() and path.name != COMPLETE
     }
     beside = folder / f".{COMPLETE}"

@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import safetensors.torch  # noqa: E402
 from transformers import (  # noqa: E402
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -105,11 +106,21 @@ class SMATrainer(Trainer):
         logging.set_verbosity_error()
         super().__init__(*arguments, **named)
         self.save_beside = save_beside
-        self.remove_callback(ProgressCallback)
+        for printing in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printing)
         if self.args.should_save and not self.args.disable_tqdm:
             self.add_callback(LossBar(title))
         self.add_callback(Annealing())
         self.add_callback(KeepWhole())
+
+    def _get_dataloader(self, *arguments: object, is_training: bool = False, **named: object):
+        # training leaves the last incomplete batch out, and evaluation must not
+        before = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = before and is_training
+        try:
+            return super()._get_dataloader(*arguments, is_training=is_training, **named)
+        finally:
+            self.args.dataloader_drop_last = before
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object

@@ -1,0 +1,159 @@
+"""What a run is asked for, checked before any data is read."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sma_fast.models import SMAConfig
+from sma_fast.training.presets import Preset, Schedule, preset
+
+TASKS = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Where rows come from.
+
+    Attributes:
+        source: files, a folder, or a name on the Hugging Face hub.
+        validation, test: sources of their own for these parts.
+        split_column: column that says which part a row belongs to.
+        parts: values of that column by part, such as {"valid": "validation"}.
+        validation_share, test_share: cut from `source` where neither of the above is given.
+        split_seed: of that cut.
+        format: see `sma_fast.training.data.load`.
+        columns: names of the columns of a file without a header line.
+        inputs: columns to encode. Default: the only text column, all columns of a table but labels
+            and split, or "image".
+        min_length, max_length: shorter or longer sequences are left out, in bytes.
+        too_long: what to do with sequences longer than the model: "error" or "truncate".
+        resize: filter that brings pictures to the size of the first one.
+        cache: folder of converted files.
+    """
+
+    source: tuple[str, ...]
+    validation: str | None = None
+    test: str | None = None
+    split_column: str | None = None
+    parts: Mapping[str, str] | None = None
+    validation_share: float = 0.05
+    test_share: float = 0.0
+    split_seed: int = 0
+    format: str | None = None
+    columns: tuple[str, ...] | None = None
+    inputs: tuple[str, ...] | None = None
+    min_length: int | None = None
+    max_length: int | None = None
+    too_long: str = "error"
+    resize: str | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("validation_share", "test_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is [0, 1)")
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share, test_share: allowed is a sum below 1")
+        if self.split_column and (self.validation or self.test):
+            raise ValueError("split_column: allowed without validation and test sources only")
+        if self.parts and not self.split_column:
+            raise ValueError("parts: allowed with split_column only")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """How to train; what is None comes from the preset.
+
+    Attributes:
+        out: folder for checkpoints, the model and results.
+        preset, scale: see `sma_fast.training.presets`.
+        mask: "guided" or "random", for pretraining.
+        model, masking: fields of SMAConfig and SMAMasking that differ from the preset.
+        steps: optimiser steps; takes the place of `epochs`.
+        accumulate: batches whose gradients make a step.
+        workers: processes that read data.
+        save_steps: steps between checkpoints. Default: ten in a run.
+        resume: go on from the newest whole checkpoint in `out`.
+        patience: evaluations without a better one after which fine-tuning stops. Default: never.
+        limit_train: use this many rows of the train part only, at least 1.
+    """
+
+    out: Path
+    preset: str = "language"
+    scale: str = "full"
+    mask: str = "guided"
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    masking: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_steps: int | None = None
+    scheduler: str | None = None
+    seed: int = 0
+    accumulate: int = 1
+    workers: int = 0
+    bf16: bool = False
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    fsdp: str | None = None
+    save_steps: int | None = None
+    resume: bool = False
+    tensorboard: bool = False
+    patience: int | None = None
+    limit_train: int | None = None
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_steps", "patience", "limit_train"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, allowed is at least 1")
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, allowed is above 0")
+        if self.scheduler not in (None, "cosine", "constant", "linear"):
+            raise ValueError(
+                f"scheduler: got {self.scheduler!r}, allowed is cosine, constant, linear"
+            )
+        self.start()
+
+    def start(self) -> Preset:
+        """Returns the preset.
+
+        Raises:
+            ValueError: for an unknown one.
+        """
+        return preset(self.preset, self.scale)
+
+    def config(self, changes: Mapping[str, Any] | None = None) -> SMAConfig:
+        """Returns the config of a new model.
+
+        Args:
+            changes: fields that the data decide, weaker than those of the options.
+
+        Raises:
+            ValueError: for unknown fields and those that do not go together.
+        """
+        masking = {**self.masking, "mask": self.mask}
+        try:
+            return self.start().config({**(changes or {}), **self.model}, masking)
+        except TypeError as error:
+            raise ValueError(f"options of model and masking: {error}") from None
+
+    def schedule(self, finetuning: bool) -> Schedule:
+        """Returns the preset's schedule with what the options change."""
+        chosen = self.start().finetuning if finetuning else self.start().pretraining
+        changes = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(Schedule)
+            if getattr(self, field.name) is not None
+        }
+        return dataclasses.replace(chosen, **changes)

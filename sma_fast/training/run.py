@@ -1,0 +1,466 @@
+"""pretrain, finetune, evaluate: rows in, a trained model and its results out.
+
+A run's folder holds checkpoints while it trains, and at the end the model (config.json,
+model.safetensors), the encodings its inputs need (data.json), what was asked for (run.json) and
+what came out (results.json).
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from sma_fast.models import SMAForPrediction, SMAForPretraining
+from sma_fast.training import checkpoints, metrics
+from sma_fast.training.data import (
+    ByColumn,
+    ByIndex,
+    ByteSequences,
+    ClassLabels,
+    Collator,
+    DataError,
+    Examples,
+    MultiLabels,
+    Pictures,
+    TableColumns,
+    Targets,
+    from_state,
+    load_splits,
+)
+from sma_fast.training.data.load import select
+from sma_fast.training.options import TASKS, DataOptions, TrainOptions
+from sma_fast.training.trainer import SMATrainer, training_arguments
+
+_DATA, _RUN, _RESULTS = "data.json", "run.json", "results.json"
+_PLACE = ("__file__", "__line__")  # columns that only say where a row comes from
+
+
+class RunError(ValueError):
+    """Raised where a run cannot start or go on; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encodings:
+    """How rows become inputs and labels; a checkpoint keeps it."""
+
+    inputs: ByteSequences | TableColumns | Pictures
+    labels: ClassLabels | MultiLabels | Targets | None = None
+
+    def save(self, folder: Path) -> None:
+        """Writes data.json into `folder`."""
+        state = {"inputs": self.inputs.state()}
+        if self.labels is not None:
+            state["labels"] = self.labels.state()
+        (folder / _DATA).write_text(json.dumps(state, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Encodings":
+        """Returns what `save` wrote.
+
+        Raises:
+            CheckpointError: where data.json is missing or damaged.
+        """
+        file = folder / _DATA
+        try:
+            state = json.loads(file.read_text())
+            labels = from_state(state["labels"]) if "labels" in state else None
+            return cls(from_state(state["inputs"]), labels)
+        except FileNotFoundError:
+            raise checkpoints.CheckpointError(
+                f"{file}: is missing: name a folder that sma-fast wrote"
+            ) from None
+        except (DataError, ValueError, KeyError, TypeError) as error:
+            raise checkpoints.CheckpointError(
+                f"{file}: is damaged: {error}: take another checkpoint"
+            ) from None
+
+
+def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
+    """Pretrains a model and returns what results.json holds.
+
+    Args:
+        options: how to train.
+        data: what on; without a validation part there is no validation loss.
+
+    Raises:
+        RunError, DataError, CheckpointError, ValueError: saying what to do.
+    """
+    options.config()  # options that do not go together are refused before data are read
+    start = _starting_point(options, data, "pretrain")
+    parts = open_parts(data)
+    train = _first_rows(parts["train"], options)
+    encodings = Encodings(fit_inputs(options.start().encoding, train, data, options))
+    examples = _examples(parts | {"train": train}, encodings)
+    torch.manual_seed(options.seed)
+    model = SMAForPretraining(options.config(_sizes(encodings.inputs)))
+    trainer = _trainer(model, options, examples, encodings, finetuning=False)
+    return _train(trainer, options, encodings, start, {}, lambda: {})
+
+
+def finetune(
+    options: TrainOptions,
+    data: DataOptions,
+    labels: tuple[str, ...],
+    task: str,
+    pretrained: Path | None = None,
+) -> dict[str, Any]:
+    """Trains a model to predict labels and returns what results.json holds.
+
+    The best checkpoint is chosen on the validation part; the test part, where there is one, is
+    looked at once, at the end.
+
+    Args:
+        options: how to train.
+        data: what on.
+        labels: columns to predict.
+        task: "classification", "multilabel" or "regression".
+        pretrained: folder of a pretrained model. Default: none, a new model of the preset.
+
+    Raises:
+        RunError, DataError, CheckpointError, ValueError: saying what to do.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, allowed is {', '.join(TASKS)}")
+    if task == "classification" and len(labels) != 1:
+        raise ValueError(f"labels: got {len(labels)} columns, allowed is 1 for classification")
+    options.config()
+    start = _starting_point(options, data, f"finetune {task} {labels} {pretrained}")
+    source = None if pretrained is None else load_model(pretrained, SMAForPretraining)
+    known = None if pretrained is None else Encodings.read(pretrained).inputs
+    parts = open_parts(data, labels)
+    train = _first_rows(parts["train"], options)
+    if known is None:
+        known = fit_inputs(options.start().encoding, train, data, options, labels)
+    elif isinstance(known, ByteSequences) and data.inputs:
+        known = ByteSequences(data.inputs[0], known.max_length, data.too_long, known.alphabet)
+    encodings = Encodings(known, _fit_labels(task, train, labels))
+    examples = _examples(parts | {"train": train}, encodings)
+    changes = {
+        "num_labels": encodings.labels.num_labels,
+        "problem_type": TASKS[task],
+        **options.start().dropout,
+    }
+    torch.manual_seed(options.seed)
+    if source is None:
+        config = options.config({**_sizes(encodings.inputs), **changes})
+        model = SMAForPrediction(config)
+    else:
+        model = SMAForPrediction.from_pretraining(source, **{**changes, **options.model})
+    trainer = _trainer(model, options, examples, encodings, finetuning=True)
+
+    def on_test() -> dict[str, Any]:
+        if "test" not in examples:
+            return {}
+        output = trainer.predict(examples["test"], metric_key_prefix="test")
+        return {"test": metrics.scores(task, output.predictions, output.label_ids, encodings)}
+
+    return _train(trainer, options, encodings, start, {"task": task}, on_test)
+
+
+def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str, Any]:
+    """Returns the scores of a fine-tuned model, or the loss of a pretrained one, on all rows.
+
+    Args:
+        folder: that `finetune` or `pretrain` wrote.
+        data: of which `source` is read whole, whatever its splits; with `split_column`, its test
+            part.
+        batch_size: samples at a time.
+
+    Raises:
+        RunError, DataError, CheckpointError: saying what to do.
+    """
+    encodings = Encodings.read(folder)
+    kind = SMAForPretraining if encodings.labels is None else SMAForPrediction
+    model = load_model(folder, kind)
+    rows = open_parts(dataclasses.replace(data, validation_share=0.0, test_share=0.0))
+    examples = _examples({"rows": rows.get("test", rows["train"])}, encodings)
+    arguments = training_arguments(
+        folder / "evaluation", per_device_eval_batch_size=batch_size, disable_tqdm=True
+    )
+    trainer = SMATrainer(model, arguments, data_collator=Collator())
+    if encodings.labels is None:
+        return {"loss": trainer.evaluate(examples["rows"])["eval_loss"]}
+    output = trainer.predict(examples["rows"])
+    task = {kind: task for task, kind in TASKS.items()}[model.config.problem_type]
+    return metrics.scores(task, output.predictions, output.label_ids, encodings)
+
+
+def load_model(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction:
+    """Returns the model of a folder that training wrote: a run's, or one of its checkpoints.
+
+    Raises:
+        CheckpointError: where it is not whole, or of another kind.
+    """
+    if not folder.is_dir():
+        raise checkpoints.CheckpointError(
+            f"{folder}: no such folder: name one that sma-fast pretrain wrote"
+        )
+    checkpoints.check(folder)
+    try:
+        return kind.from_pretrained(folder)
+    except (ValueError, TypeError, OSError) as error:
+        raise checkpoints.CheckpointError(
+            f"{folder}: holds no {kind.__name__}: {error}: name another folder"
+        ) from None
+
+
+def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, datasets.Dataset]:
+    """Returns the rows by part: "train", and perhaps "valid" and "test".
+
+    Raises:
+        DataError: as `load` and the split.
+    """
+    named = {
+        "format": data.format,
+        "columns": data.columns,
+        "inputs": data.inputs,
+        "labels": labels or None,
+        "min_length": data.min_length,
+        "max_length": data.max_length,
+        "cache": data.cache,
+    }
+    source = data.source if len(data.source) > 1 else data.source[0]
+    if data.split_column:
+        parts = {"train": "train", "valid": "valid", "test": "test", **(data.parts or {})}
+        return load_splits(source, ByColumn(data.split_column, parts), **named)
+    own = {"valid": data.validation, "test": data.test}
+    own = {part: path for part, path in own.items() if path is not None}
+    if own:
+        return load_splits({"train": source, **own}, **named)
+    sizes = {"test": data.test_share, "valid": data.validation_share}
+    sizes = {part: share for part, share in sizes.items() if share > 0}
+    return load_splits(source, ByIndex({**sizes, "train": None}, data.split_seed), **named)
+
+
+def fit_inputs(
+    encoding: str,
+    train: datasets.Dataset,
+    data: DataOptions,
+    options: TrainOptions,
+    labels: tuple[str, ...] = (),
+) -> ByteSequences | TableColumns | Pictures:
+    """Returns the encoding of inputs, with mean and standard deviation of the train part."""
+    left_out = {*labels, *_PLACE, *([data.split_column] if data.split_column else ())}
+    if encoding == "table":
+        return TableColumns.fit(train, data.inputs, sorted(left_out))
+    column = data.inputs[0] if data.inputs else _only_column(encoding, train, left_out)
+    if encoding == "bytes":
+        longest = options.config().max_position_embeddings
+        return ByteSequences(column, longest, data.too_long)
+    channels = options.config().input_channels
+    return Pictures.fit(train, column, channels=channels, resize=data.resize)
+
+
+def _only_column(encoding: str, train: datasets.Dataset, left_out: set[str]) -> str:
+    names = [name for name in train.column_names if name not in left_out]
+    if encoding == "pictures" and "image" in names:
+        return "image"
+    for usual in ("sequence", "smiles", "text"):
+        if usual in names:
+            return usual
+    if len(names) != 1:
+        raise DataError(f"inputs: got none, allowed is one of the columns {', '.join(names)}")
+    return names[0]
+
+
+def _sizes(inputs: ByteSequences | TableColumns | Pictures) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"input_type": inputs.input_type}
+    if inputs.input_type == "continuous":
+        sizes |= {"input_channels": inputs.channels, "max_position_embeddings": inputs.max_length}
+    return sizes
+
+
+def _fit_labels(
+    task: str, train: datasets.Dataset, labels: tuple[str, ...]
+) -> ClassLabels | MultiLabels | Targets:
+    if task == "classification":
+        return ClassLabels.fit(train, labels[0])
+    return (MultiLabels if task == "multilabel" else Targets).fit(train, list(labels))
+
+
+def _first_rows(train: datasets.Dataset, options: TrainOptions) -> datasets.Dataset:
+    if options.limit_train is None:
+        return train
+    if options.limit_train > len(train):
+        raise RunError(
+            f"limit_train: got {options.limit_train}, allowed is at most {len(train)}, the rows "
+            "of the train part"
+        )
+    return select(train, np.arange(options.limit_train))
+
+
+def _examples(parts: Mapping[str, datasets.Dataset], encodings: Encodings) -> dict[str, Examples]:
+    both = [encodings.inputs] + ([] if encodings.labels is None else [encodings.labels])
+    examples = {part: Examples(rows, *both) for part, rows in parts.items()}
+    for part in examples.values():
+        part.check()  # a bad row is found now, not hours later
+    return examples
+
+
+def _starting_point(options: TrainOptions, data: DataOptions, what: str) -> Path | None:
+    # the checkpoint to go on from; None: from the start
+    asked = json.dumps(
+        {"what": what, "options": _plain(options), "data": _plain(data)}, default=str, indent=1
+    )
+    file = options.out / _RUN
+    finished = checkpoints.complete_ones(options.out)
+    if not options.resume:
+        if finished:
+            raise RunError(
+                f"{options.out}: holds checkpoints of an earlier run: add --resume to go on with "
+                "it, or name another folder with --out"
+            )
+    elif finished:
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        now = json.loads(asked)
+        if before != now:
+            raise RunError(
+                f"{file}: the run was started with other options: "
+                f"{', '.join(_differences(before, now))}: give the same ones, or another --out"
+            )
+    if int(os.environ.get("RANK", 0)) == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(asked + "\n")
+    return checkpoints.newest(options.out) if options.resume else None
+
+
+def _plain(options: TrainOptions | DataOptions) -> dict[str, Any]:
+    fields = dataclasses.asdict(options)
+    for name in ("resume", "progress_bar", "workers", "tensorboard", "cache", "out"):
+        fields.pop(name, None)  # a resumed run may differ in these
+    return fields
+
+
+def _differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*before, *now}):
+        was, is_now = before.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            found += _differences(was, is_now, f"{prefix}{name}.")
+        elif was != is_now:
+            found.append(f"{prefix}{name} was {was!r}")
+    return found
+
+
+def _trainer(
+    model: SMAForPretraining | SMAForPrediction,
+    options: TrainOptions,
+    examples: Mapping[str, Examples],
+    encodings: Encodings,
+    finetuning: bool,
+) -> SMATrainer:
+    schedule = options.schedule(finetuning)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share, rest = divmod(schedule.batch_size, processes * options.accumulate)
+    if rest or not share:
+        raise RunError(
+            f"batch_size: got {schedule.batch_size}, allowed is a multiple of {processes} "
+            f"processes x {options.accumulate} accumulated batches"
+        )
+    if len(examples["train"]) < schedule.batch_size:
+        raise RunError(
+            f"batch_size: got {schedule.batch_size}, allowed is at most "
+            f"{len(examples['train'])}, the rows of the train part"
+        )
+    in_epoch = len(examples["train"]) // schedule.batch_size
+    steps = options.steps or max(1, round(schedule.epochs * in_epoch))
+    saving = min(options.save_steps or max(1, steps // 10), steps)
+    validated = "valid" in examples
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": share,
+        "per_device_eval_batch_size": share,
+        "gradient_accumulation_steps": options.accumulate,
+        "learning_rate": schedule.learning_rate,
+        "weight_decay": schedule.weight_decay,
+        "warmup_steps": min(schedule.warmup_steps, steps // 5),
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(
+            schedule.scheduler, schedule.scheduler
+        ),
+        "seed": options.seed,
+        "data_seed": options.seed,
+        "dataloader_drop_last": True,
+        "dataloader_num_workers": options.workers,
+        "logging_steps": max(1, min(50, steps // 20)),
+        "save_strategy": "steps",
+        "save_steps": saving,
+        "eval_strategy": "steps" if validated else "no",
+        "eval_steps": saving,
+        "bf16": options.bf16,
+        "torch_compile": options.compile,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "report_to": "tensorboard" if options.tensorboard else "none",
+        "disable_tqdm": not options.progress_bar,
+    }
+    if options.fsdp:
+        settings["fsdp"] = options.fsdp
+    if validated:
+        settings |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    callbacks = []
+    if options.patience and validated:
+        from transformers import EarlyStoppingCallback
+
+        callbacks.append(EarlyStoppingCallback(options.patience))
+    return SMATrainer(
+        model,
+        training_arguments(options.out, **settings),
+        data_collator=Collator(),
+        train_dataset=examples["train"],
+        eval_dataset=examples.get("valid"),
+        callbacks=callbacks,
+        save_beside=encodings.save,
+        title="fine-tuning" if finetuning else f"pretraining, {options.mask} masks",
+    )
+
+
+def _train(
+    trainer: SMATrainer,
+    options: TrainOptions,
+    encodings: Encodings,
+    start: Path | None,
+    more: Mapping[str, Any],
+    on_test: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    seconds = time.perf_counter() - began
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    validation = [
+        {"step": entry["step"], "loss": entry["eval_loss"]}
+        for entry in history
+        if "eval_loss" in entry
+    ]
+    results = {
+        **more,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "tokens_per_second": _tokens_per_second(trainer, history),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "loss": losses[-1] if losses else None,
+        "validation": validation,
+        "best_step": trainer.state.best_global_step,
+        **on_test(),
+    }
+    if trainer.is_world_process_zero():
+        (options.out / checkpoints.COMPLETE).unlink(missing_ok=True)
+        trainer.save_model(str(options.out))
+        (options.out / _RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        checkpoints.mark_complete(options.out)
+    return results
+
+
+def _tokens_per_second(trainer: SMATrainer, history: list[dict[str, Any]]) -> float | None:
+    found = [e["train_tokens_per_second"] for e in history if "train_tokens_per_second" in e]
+    return found[-1] if found else None
