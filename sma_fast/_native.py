@@ -43,7 +43,9 @@ def _module():
     """Returns the compiled module, or raises why there is none."""
     if importlib.util.find_spec("sma_fast._C") is None:
         note = Path(__file__).with_name("_build.json")
-        reason = f"{note.parent} was never installed: use pip install -e . there, or leave its folder"
+        reason = (
+            f"{note.parent} was never installed: use pip install -e . there, or leave its folder"
+        )
         if note.exists():
             reason = json.loads(note.read_text())["not_built"]
         raise _dispatch.Unavailable(f"native module not built: {reason}")

@@ -118,9 +118,12 @@ def read_parquet(path: Path, scratch: Path) -> Iterator[pa.Table]:
         try:
             with pyarrow.parquet.ParquetFile(file) as parquet:
                 check_names(parquet.schema_arrow.names, str(path))
-                row, size = 1, sum(
-                    parquet.metadata.row_group(group).total_byte_size
-                    for group in range(parquet.num_row_groups)
+                row, size = (
+                    1,
+                    sum(
+                        parquet.metadata.row_group(group).total_byte_size
+                        for group in range(parquet.num_row_groups)
+                    ),
                 )
                 rows = BYTES * parquet.metadata.num_rows // max(1, size)
                 for batch in parquet.iter_batches(max(1, min(ROWS, rows))):
