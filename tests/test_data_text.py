@@ -1,8 +1,10 @@
 """Text formats: rows, line numbers, and what is said about malformed files."""
 
 import gzip
+import io
 import re
 
+import numpy as np
 import pytest
 
 from sma_fast.training.data import DataError, load
@@ -183,6 +185,7 @@ def test_missing_files_and_unknown_extensions(tmp_path):
     path = write(tmp_path / "a.xyz", "1")
     with pytest.raises(DataError, match=r"a\.xyz: got unknown extension '\.xyz'.*\.csv"):
         load(path, cache=tmp_path)
+    assert len(load(write(tmp_path / "A.TXT.GZ", gzip.compress(b"1")), cache=tmp_path)) == 1
     with pytest.raises(DataError, match=r"a\.xyz\.gz: got unknown extension '\.xyz'"):
         load(write(tmp_path / "a.xyz.gz", "1"), cache=tmp_path)
     with pytest.raises(DataError, match="format: got 'exe', allowed is one of csv"):
@@ -197,18 +200,24 @@ def test_missing_columns_list_those_there_are(tmp_path):
         load(path, inputs="seq", labels="y", cache=tmp_path)
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
-    from sma_fast.training.data import store
-
-    path = write(tmp_path / "a.csv", CSV)
-
-    def full(self, data):
-        raise store._no_place(self._folder, OSError(28, "No space left on device"))
-
-    monkeypatch.setattr(store._Sink, "write", full)
-    with pytest.raises(DataError, match=r"cache: cannot write .*No space left.*give another fol"):
-        load(path, cache=tmp_path / "cache")
+@pytest.mark.parametrize("name", ["a.csv", "a.npy.gz"])
+def test_a_full_disk(name, tmp_path):
+    resource = pytest.importorskip("resource", reason="no limits on this system")
+    contents = b"seq\n" + b"MKVLAGHDER\n" * 100_000
+    if name == "a.npy.gz":
+        stream = io.BytesIO()
+        np.save(stream, np.random.default_rng(0).normal(size=100_000))
+        contents = stream.getvalue()
+    path = write(tmp_path / name, contents)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"cache: cannot write .*give another folder as cache"):
+            load(path, cache=tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "cache").iterdir())
+    assert len(load(path, cache=tmp_path / "cache")) == 100_000
 
 
 def test_a_cache_that_is_no_folder(tmp_path):
