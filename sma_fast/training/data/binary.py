@@ -154,7 +154,7 @@ def _plain(path: Path, scratch: Path) -> Iterator[Path]:
         start = stream.read(2)
     if not start:
         raise DataError(f"{path}: the file is empty (0 bytes); write it again")
-    if start != b"\x1f\x8b" and path.suffix != ".gz":
+    if start != b"\x1f\x8b" and path.suffix.lower() != ".gz":
         yield path
         return
     with tempfile.NamedTemporaryFile(dir=scratch) as copy:

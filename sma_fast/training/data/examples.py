@@ -49,7 +49,8 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """Returns samples, read and encoded together; a DataLoader asks this way."""
-        fields = self._encode(self._rows[list(indices)])
+        # in one piece at once: each row is a chunk, and column by column takes five times as long
+        fields = self._encode(self._rows[list(indices)].combine_chunks())
         return [{name: values[i] for name, values in fields.items()} for i in range(len(indices))]
 
     def check(self) -> int:

@@ -25,7 +25,7 @@ def open_hub(name: str, config: str | None, part: str | None, cache: Path) -> da
         Memory-mapped data set.
 
     Raises:
-        DataError: where it cannot be opened, or splits have different columns.
+        DataError: where it cannot be opened, or columns of splits do not fit.
     """
     try:
         found = datasets.load_dataset(name, config, split=part, cache_dir=str(cache / "hub"))
@@ -41,8 +41,8 @@ def open_hub(name: str, config: str | None, part: str | None, cache: Path) -> da
         dataset = datasets.concatenate_datasets(list(splits.values()))
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{name}: got splits {', '.join(splits)} with different columns ({error}), allowed is "
-            "one of them: give part="
+            f"{name}: got splits {', '.join(splits)} with columns that do not fit ({error}), "
+            "allowed is one of them: give part="
         ) from error
     if not len(dataset):
         raise DataError(f"{name}: got no rows in splits {', '.join(splits)}")

@@ -30,7 +30,7 @@ def open_binary(path: Path) -> BinaryIO:
         start = stream.read(2)
     if start == _GZIP:
         return gzip.open(path, "rb")
-    if path.suffix == ".gz" and start:
+    if path.suffix.lower() == ".gz" and start:
         raise DataError(
             f"{path}: got a file that begins with {start!r}, allowed behind .gz is gzip; "
             "rename the file or compress it"

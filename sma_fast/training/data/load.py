@@ -130,7 +130,7 @@ def _format_of(path: str | os.PathLike, format: str | None) -> str:
     if format == "hub":
         return format
     local = Path(path).expanduser()
-    suffixes = local.suffixes[:-1] if local.suffix == ".gz" else local.suffixes
+    suffixes = local.suffixes[:-1] if local.suffix.lower() == ".gz" else local.suffixes
     suffix = suffixes[-1].lower() if suffixes else ""
     by_suffix = next((name for name, known in EXTENSIONS.items() if suffix in known), None)
     if not local.exists():

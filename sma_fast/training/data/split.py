@@ -1,6 +1,7 @@
 """Cuts a data set into parts such as train, valid and test."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -96,8 +97,9 @@ class ByIndex:
     test, and the small one lies in the large one.
 
     Args:
-        sizes: of each part: rows (int), a share of the pool (float in (0, 1]), or None for all
-            that is left, at most once and last.
+        sizes: of each part: rows (int), a share of the pool (float in (0, 1], rounded down), or
+            None for all that is left, at most once and last. Shares that add up to 1 leave no
+            row out: the last one takes the rest.
         seed: of the permutation.
         rows: of the pool, where a state is restored.
         digest: of the indices, where a state is restored.
@@ -144,15 +146,16 @@ class ByIndex:
             )
         # RandomState, because numpy promises the same permutation in every version of it
         order = np.random.RandomState(self.seed).permutation(rows).astype(np.int64)
-        result, begin, shares = {}, 0, 0.0
-        for part, size in self.sizes.items():
-            if isinstance(size, float):
-                shares += size
-                count = round(size * rows)
-                if shares <= 1 + 1e-9 and all(isinstance(s, float) for s in self.sizes.values()):
-                    count = min(count, rows - begin)  # rounding may ask for one row too many
+        sizes = dict(self.sizes)
+        if all(isinstance(size, float) for size in sizes.values()):
+            if abs(sum(sizes.values()) - 1) < 1e-9:  # shares of all: nothing is left over
+                sizes[list(sizes)[-1]] = None
+        result, begin = {}, 0
+        for part, size in sizes.items():
+            if size is None:
+                count = rows - begin
             else:
-                count = rows - begin if size is None else size
+                count = math.floor(size * rows + 1e-9) if isinstance(size, float) else size
             if not 0 < count <= rows - begin:
                 raise DataError(
                     f"{source}: got {count} rows for part {part!r}, allowed is 1 to "

@@ -1,12 +1,13 @@
 """Arrow files on disk that data sets are memory-mapped from."""
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 from sma_fast.training.data.errors import DataError
 from sma_fast.training.data.rows import FILE
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 VERSION = 1  # of what is written; another one is written anew
 
 
@@ -57,53 +59,30 @@ def stored(
         Data set with the column that names the place.
 
     Raises:
-        DataError: where the folder cannot be written to, or tables do not have the same columns.
+        DataError: where the folder is full or cannot be written to, or tables do not have the same
+            columns.
+        OSError: where a source cannot be read.
     """
     text = json.dumps([VERSION, list(places), key], sort_keys=True, default=str)
     target = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.arrow"
     if not target.exists():
-        temporary = None
         try:
             descriptor, temporary = tempfile.mkstemp(dir=cache, suffix=".part")
-            with os.fdopen(descriptor, "wb") as sink:
-                _write(tables, places, _Sink(sink, cache))
-            os.replace(temporary, target)
         except OSError as error:
-            if error.filename == temporary or temporary is None:
+            raise _no_place(cache, error) from error
+        try:
+            with os.fdopen(descriptor, "wb") as sink:
+                _write(tables, places, sink)
+            os.replace(temporary, target)
+        except BaseException as error:
+            os.unlink(temporary)
+            if isinstance(error, OSError) and error.errno in _FULL:
                 raise _no_place(cache, error) from error
             raise
-        finally:
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
     return datasets.Dataset.from_file(str(target))
 
 
-class _Sink:
-    # a file whose errors say which folder is full; pyarrow needs these four
-    def __init__(self, file, folder: Path) -> None:
-        self._file, self._folder, self.closed = file, folder, False
-
-    def write(self, data) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            raise _no_place(self._folder, error) from error
-
-    def flush(self) -> None:
-        try:
-            self._file.flush()
-        except OSError as error:
-            raise _no_place(self._folder, error) from error
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self.flush()
-        self.closed = True
-
-
-def _write(tables: Iterator[tuple[int, pa.Table]], places: Sequence[str], sink: _Sink) -> None:
+def _write(tables: Iterator[tuple[int, pa.Table]], places: Sequence[str], sink: BinaryIO) -> None:
     writer = schema = None
     for place, table in tables:
         where = pa.array(np.full(len(table), place, np.int64))
