@@ -1,0 +1,394 @@
+"""Three sciences on real data: `python -m bench.science --data ../shared/data --out science-out`.
+
+For physics (HIGGS), molecules (ESOL, FreeSolv, BBBP) and proteins (avgFP fluorescence, stability):
+pretrain with guided and with random masks, fine-tune from either and from no pretraining with equal
+budgets, several seeds each, beside plain baselines. Every run goes through `sma_fast.training.run`.
+The best checkpoint is chosen on the validation part, the test part is looked at once.
+
+Runs that are done are kept in the folder and not repeated, so a broken run goes on where it was.
+The summary goes to bench/results with `--save`.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+
+STARTS = ("guided", "random", "none")
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Science:
+    """One domain: what is pretrained on, and for how long at which scale."""
+
+    preset: str
+    data: dict
+    steps: dict[str, int | None]  # by scale; None: the preset's epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One fine-tuning task."""
+
+    science: str
+    data: dict
+    label: str
+    kind: str
+    measures: tuple[str, ...]
+    steps: dict[str, int | None]
+    limit: int | None = None
+    baseline: str = ""
+    options: dict = dataclasses.field(default_factory=dict)
+
+
+_HIGGS = {
+    "source": ("higgs/higgs_pool.npz",),
+    "inputs": ("X",),
+    "test_share": 0.11,
+    "validation_share": 0.03,
+}
+_SCAFFOLD = {"inputs": ("smiles",), "split_column": "scaffold_split"}
+SCIENCES = {
+    "physics": Science("physics", _HIGGS, {"small": 600, "full": None}),
+    "molecule": Science(
+        "molecule",
+        {"source": ("chem/chembl30_90k.smi.gz",), "inputs": ("smiles",), "validation_share": 0.01},
+        {"small": 700, "full": None},
+    ),
+    "protein": Science(
+        "protein",
+        {
+            "source": ("protein/unlabeled_40k.txt.gz",),
+            "max_length": 256,
+            "validation_share": 0.01,
+        },
+        {"small": 600, "full": None},
+    ),
+}
+_RMSE, _AUC, _RANK = ("rmse",), ("auc",), ("spearman",)
+TASKS = {
+    "higgs-1k": Task(
+        "physics",
+        _HIGGS,
+        "y",
+        "classification",
+        ("accuracy", "auc"),
+        {"small": 200, "full": None},
+        1000,
+        "table",
+    ),
+    "higgs-10k": Task(
+        "physics",
+        _HIGGS,
+        "y",
+        "classification",
+        ("accuracy", "auc"),
+        {"small": 500, "full": None},
+        10_000,
+        "table",
+    ),
+    "higgs-all": Task(
+        "physics",
+        _HIGGS,
+        "y",
+        "classification",
+        ("accuracy", "auc"),
+        {"small": 900, "full": None},
+        None,
+        "table",
+    ),
+    "esol": Task(
+        "molecule",
+        {"source": ("chem/esol.csv",), **_SCAFFOLD},
+        "label",
+        "regression",
+        _RMSE,
+        {"small": 600, "full": None},
+        None,
+        "ngrams",
+    ),
+    "freesolv": Task(
+        "molecule",
+        {"source": ("chem/freesolv.csv",), **_SCAFFOLD},
+        "label",
+        "regression",
+        _RMSE,
+        {"small": 400, "full": None},
+        None,
+        "ngrams",
+    ),
+    "bbbp": Task(
+        "molecule",
+        {"source": ("chem/bbbp.csv",), **_SCAFFOLD, "too_long": "truncate"},
+        "label",
+        "classification",
+        _AUC,
+        {"small": 600, "full": None},
+        None,
+        "ngrams",
+    ),
+    "avgfp": Task(
+        "protein",
+        {
+            "source": ("protein/avgfp_tape.csv.gz",),
+            "inputs": ("seq",),
+            "split_column": "split",
+        },
+        "label",
+        "regression",
+        _RANK,
+        {"small": 700, "full": None},
+        None,
+        "onehot",
+    ),
+    "stability": Task(
+        "protein",
+        {
+            "source": ("protein/stability.train.csv.gz",),
+            "validation": "protein/stability.valid.csv.gz",
+            "test": "protein/stability.test.csv.gz",
+            "inputs": ("seq",),
+        },
+        "label",
+        "regression",
+        _RANK,
+        {"small": 800, "full": None},
+        None,
+        "onehot",
+    ),
+}
+
+
+def main() -> int:
+    """Runs what is not done yet, prints the table, and saves the summary where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=Path("science-out"))
+    parser.add_argument("--scale", choices=("small", "full"), default="small")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--only", nargs="+", choices=(*SCIENCES, *TASKS), help="these only")
+    parser.add_argument("--save", action="store_true", help="summary into bench/results")
+    options = parser.parse_args()
+    if not options.data.is_dir():
+        parser.error(
+            f"--data: {options.data} is not there: name the folder with higgs/, chem/, ..."
+        )
+    only = set(options.only or (*SCIENCES, *TASKS))
+    tasks = [t for t in TASKS if t in only or TASKS[t].science in only]
+    sciences = sorted({TASKS[t].science for t in tasks})
+    seeds = range(options.seeds)
+    first = [
+        ("pretrain", science, mask, seed)
+        for seed in seeds
+        for science in sciences
+        for mask in STARTS[:2]
+    ]
+    then = [("finetune", task, s, seed) for seed in seeds for task in tasks for s in STARTS]
+    then += [("baseline", task, "", seed) for seed in seeds for task in tasks]
+    began = time.perf_counter()
+    for jobs in (first, then):
+        _run_all([job for job in jobs if not _file(options, job).exists()], options)
+    missing = [job for job in first + then if not _file(options, job).exists()]
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    if missing:
+        print(f"failed: {missing}", file=sys.stderr)
+        return 1
+    summary = summarise(options, tasks, sciences)
+    print(table(summary))
+    if options.save:
+        path = RESULTS / f"{summary['date']}-science-{options.scale}.json"
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+        print(f"saved: {path}")
+    return 0
+
+
+def _file(options: argparse.Namespace, job: tuple) -> Path:
+    return options.out / "-".join(str(part) for part in job if part != "") / "results.json"
+
+
+def _run_all(jobs: list[tuple], options: argparse.Namespace) -> None:
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.jobs, initializer=_one_thread, maxtasksperchild=8) as pool:
+        for done, (job, error) in enumerate(
+            pool.imap_unordered(_run, [(j, options) for j in jobs])
+        ):
+            text = f"failed: {error}" if error else ""
+            print(f"{done + 1}/{len(jobs)} {' '.join(map(str, job))} {text}", file=sys.stderr)
+
+
+def _one_thread() -> None:
+    # small models: a second thread costs more than it saves, another run does not
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
+def _run(work: tuple) -> tuple[tuple, str]:
+    job, options = work
+    kind, name, start, seed = job
+    folder = _file(options, job).parent
+    try:
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1):
+            if kind == "baseline":
+                from bench.science_baselines import baseline
+
+                folder.mkdir(parents=True, exist_ok=True)
+                result = baseline(TASKS[name], _data(TASKS[name].data, options), seed)
+                _file(options, job).write_text(json.dumps(result) + "\n")
+            elif kind == "pretrain":
+                _pretrain(SCIENCES[name], start, seed, folder, options)
+            else:
+                _finetune(TASKS[name], start, seed, folder, options)
+    except Exception:
+        return job, traceback.format_exc()
+    return job, ""
+
+
+def _data(chosen: dict, options: argparse.Namespace):
+    from sma_fast.training.options import DataOptions
+
+    paths = {
+        name: str(options.data / chosen[name]) for name in ("validation", "test") if name in chosen
+    }
+    source = tuple(str(options.data / path) for path in chosen["source"])
+    return DataOptions(**{**chosen, **paths, "source": source})
+
+
+def _pretrain(science: Science, mask: str, seed: int, folder: Path, options) -> None:
+    from sma_fast.training import run
+    from sma_fast.training.options import TrainOptions
+
+    train = TrainOptions(
+        out=folder,
+        preset=science.preset,
+        scale=options.scale,
+        mask=mask,
+        seed=seed,
+        steps=science.steps[options.scale],
+        progress_bar=False,
+        resume=True,
+    )
+    run.pretrain(train, _data(science.data, options))
+
+
+def _finetune(task: Task, start: str, seed: int, folder: Path, options) -> None:
+    from sma_fast.training import run
+    from sma_fast.training.options import TrainOptions
+
+    train = TrainOptions(
+        out=folder,
+        preset=SCIENCES[task.science].preset,
+        scale=options.scale,
+        seed=seed,
+        steps=task.steps[options.scale],
+        limit_train=task.limit,
+        progress_bar=False,
+        resume=True,
+        **task.options,
+    )
+    pretrained = None
+    if start != "none":
+        pretrained = _file(options, ("pretrain", task.science, start, seed)).parent
+    run.finetune(train, _data(task.data, options), (task.label,), task.kind, pretrained)
+
+
+def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]) -> dict:
+    """Returns means and standard deviations over the seeds of all runs in the folder."""
+    import torch
+
+    import sma_fast
+
+    def read(*job) -> dict:
+        return json.loads(_file(options, job).read_text())
+
+    def of(values: list[float]) -> dict:
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return {"mean": statistics.mean(values), "std": spread, "seeds": values}
+
+    seeds = range(options.seeds)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    summary = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{device}, {options.jobs} runs at a time",
+        "versions": {
+            "sma_fast": sma_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "scale": options.scale,
+        "pretraining": {},
+        "tasks": {},
+    }
+    for science in sciences:
+        for mask in STARTS[:2]:
+            runs = [read("pretrain", science, mask, seed) for seed in seeds]
+            summary["pretraining"][f"{science}, {mask}"] = {
+                "steps": runs[0]["steps"],
+                "parameters": runs[0]["parameters"],
+                "seconds": of([r["seconds"] for r in runs]),
+                "tokens_per_second": of([r["tokens_per_second"] for r in runs]),
+                "validation_loss": of([r["validation"][-1]["loss"] for r in runs]),
+            }
+    for name in tasks:
+        task = summary["tasks"][name] = {"steps": None}
+        for start in STARTS:
+            runs = [read("finetune", name, start, seed) for seed in seeds]
+            task["steps"] = runs[0]["steps"]
+            task[start] = {m: of([r["test"][m] for r in runs]) for m in TASKS[name].measures}
+            task[start]["seconds"] = of([r["seconds"] for r in runs])
+        runs = [read("baseline", name, seed) for seed in seeds]
+        task["baselines"] = {
+            model: {m: of([r[model][m] for r in runs]) for m in TASKS[name].measures}
+            for model in runs[0]
+        }
+    return summary
+
+
+def table(summary: dict) -> str:
+    """Returns the summary as Markdown."""
+
+    def cell(entry: dict) -> str:
+        spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
+        return f"{entry['mean']:.3f}{spread}"
+
+    lines = ["| task | measure | guided | random | none | baselines |", "|---|---|---|---|---|---|"]
+    for name, task in summary["tasks"].items():
+        for measure in TASKS[name].measures:
+            cells = [cell(task[start][measure]) for start in STARTS]
+            plain = [f"{m} {e[measure]['mean']:.3f}" for m, e in task["baselines"].items()]
+            lines.append(f"| {name} | {measure} | {' | '.join(cells)} | {', '.join(plain)} |")
+    lines += ["", "| pretraining | steps | parameters | seconds | tokens/s | validation loss |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, entry in summary["pretraining"].items():
+        lines.append(
+            f"| {name} | {entry['steps']} | {entry['parameters']:,} | "
+            f"{entry['seconds']['mean']:.0f} | {entry['tokens_per_second']['mean']:,.0f} | "
+            f"{cell(entry['validation_loss'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.split(': ', 1)[1].strip()}, {os.cpu_count()} cores"
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
