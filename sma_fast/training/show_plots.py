@@ -213,7 +213,7 @@ def _draw_tables(title: str, rows: Sequence[TableRow]) -> Figure:
     total = (0.2 + across * width, 0.75 + down * height)
     figure = Figure(figsize=total)
     figure.text(0.2 / total[0], 1 - 0.12 / total[1], title, size=12, weight="bold", va="top")
-    note = "dark bar, bold name: masked"
+    note = ("bold name" if rows[0].scores is None else "dark bar, bold name") + ": masked"
     if any(len(row.drawn) for row in rows):
         note += "; ▸ its query was drawn"
     figure.text(0.2 / total[0], 1 - 0.38 / total[1], note, size=9, va="top", color="0.25")
@@ -278,8 +278,8 @@ def _bars(axis: Axes, row: TableRow, columns: np.ndarray, furthest: float) -> No
 
 
 def _number(value: float, std: float) -> str:
-    # to a hundredth of the deviation
-    digits = round(2 - math.log10(std))
+    # to about a fiftieth of the deviation
+    digits = round(1.7 - math.log10(std))
     if not 0 <= digits <= 6:
         return f"{value:.3g}"
     return f"{round(value, digits) + 0.0:.{digits}f}"  # 0.0: no "-0.00"
