@@ -1,4 +1,4 @@
-"""The sma-fast command: demo, pretrain, finetune, evaluate, info."""
+"""The sma-fast command: demo, pretrain, finetune, evaluate, show, info."""
 
 import argparse
 import json
@@ -95,6 +95,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("checkpoint", type=Path, help="a folder that sma-fast wrote")
     _data_arguments(evaluate)
     evaluate.add_argument("--batch-size", type=_positive, default=64, metavar="N")
+
+    show = commands.add_parser(
+        "show",
+        help="draw what a pretrained model masks, and why",
+        description="Draws for a few rows the attention each token receives, which tokens that "
+        "masks, and what the model predicts there against the truth.",
+    )
+    show.add_argument("checkpoint", type=Path, help="a folder that sma-fast pretrain wrote")
+    _data_arguments(show)
+    which = show.add_mutually_exclusive_group()
+    which.add_argument(
+        "--rows", type=_positive, default=4, metavar="N", help="drawn at random (default: 4)"
+    )
+    which.add_argument("--row", type=_positive, nargs="+", metavar="I", help="these, from 1")
+    show.add_argument("--seed", type=int, default=0, metavar="S", help="of rows and masks")
+    show.add_argument("--out", type=Path, default=Path("masks.png"), metavar="FILE.png")
     commands.add_parser("info", help="versions, build, and which code answers each op")
 
     options = parser.parse_args(arguments)
@@ -175,7 +191,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from sma_fast.training.extras import MissingExtra, require
 
     try:
-        require(*_TRAIN_NEEDS)
+        require(*_TRAIN_NEEDS, *(["matplotlib"] if options.command == "show" else []))
     except MissingExtra as error:
         return _fail(error)
 
@@ -198,6 +214,12 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
     try:
         data = of(DataOptions)
+        if options.command == "show":
+            from sma_fast.training.show import show
+
+            named = (options.out, options.rows, options.row, options.seed)
+            print("\n".join(show(options.checkpoint, data, *named)))
+            return 0
         if options.command == "evaluate":
             results = run.evaluate(options.checkpoint, data, options.batch_size)
         elif options.command == "pretrain":
