@@ -1,4 +1,4 @@
-"""The native module: outputs are allocated here with torch, addresses and strides handed over.
+"""The native module: outputs are allocated here, addresses and strides handed over.
 
 One function per op and device; `dtypes` of a function says what it takes (None: anything).
 """
