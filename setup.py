@@ -99,7 +99,8 @@ class NinjaBuild(build_ext):
             gencode += f" -gencode arch=compute_{oldest},code=compute_{oldest}"
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         python = " ".join(f'-I"{path}"' for path in includes)
-        host = compiler.split()[-1]  # nvcc wants a program, not "ccache g++"
+        # nvcc wants a program, without what wraps it ("ccache g++") or follows it ("g++ -m64")
+        host = [word for word in compiler.split() if not word.startswith("-")][-1]
         if nvcc:
             link = f"'{nvcc}' -ccbin '{host}' -shared -cudart static {gencode}"
             link += " -Xcompiler -fopenmp $in -o $out"

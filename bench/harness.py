@@ -17,6 +17,7 @@ Traps avoided here:
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import math
 import pathlib
@@ -30,7 +31,6 @@ import torch
 import sma_fast
 from bench import memory, roofline
 from bench.shapes import SHAPES, Shape, scaled_down
-from sma_fast import _dispatch
 
 BUDGET = 4.0  # seconds of timing for one benchmark, shared by its variants
 ROUNDS = 100  # at most
@@ -282,7 +282,9 @@ def session(settings: Settings) -> dict[str, Any]:
     asked = (settings.device, settings.dtype, settings.quick)
     before, after = roofline.rates(*asked), roofline.measure_rates(*asked)
     rates = before._asdict() | {f"{name}_after": rate for name, rate in after._asdict().items()}
-    config = dict(line.split(": ", 1) for line in _dispatch.config_text().splitlines())
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sma_fast.show_config()
+    config = dict(line.split(": ", 1) for line in printed.getvalue().splitlines())
     if settings.device == "cuda":
         machine = torch.cuda.get_device_name()
     else:

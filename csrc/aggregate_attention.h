@@ -59,29 +59,41 @@ void aggregate_attention_of(const AggregateAttentionArgs& a) {
     return static_cast<const T*>(a.attention) + b * a.strides[0] + head * a.strides[1] +
            query * a.strides[2];
   };
-  const auto add_columns = [&](int64_t b, Range keys) {
-    for (int64_t h = 0; h < out_rows; ++h) {
-      float* out = a.scores + (b * out_rows + h) * a.tokens;
-      for (int64_t n = keys.begin; n < keys.end; ++n) out[n] = 0.0f;
-    }
-    for (int64_t i = 0; i < candidates; ++i) {
+  // Adds the candidates from `first` on up, for a chunk of keys.
+  const auto add_columns = [&](int64_t b, int64_t first, int64_t end, Range keys, float* out) {
+    double total[kChunk] = {};
+    float part[kChunk] = {};
+    int64_t added = 0;
+    const int64_t width = round_up(keys.end - keys.begin, kLanes);
+    const auto join = [&] {
+      for (int64_t n = 0; n < width; n += kLanes) {
+        add_to(total + n, load<Vf>(part + n));
+        store(part + n, Vf{});
+      }
+    };
+    for (int64_t i = first; i < end; ++i) {
       const T* row = row_of(b, i);
       if (row == nullptr) continue;
-      float* out = a.scores + (b * out_rows + (a.reduce == kNone ? i / a.selected : 0)) * a.tokens;
+      if (added > 0 && added % kFloatRows == 0) join();
+      ++added;
       const RowSum sum = a.logits ? sums[b * candidates + i] : RowSum{0.0f, 1.0f};
       const Vf shift = splat(sum.top > -kInfinity ? sum.top : 0.0f);
       const Vf weight = splat(head_weight / sum.total);
-      for (int64_t n = keys.begin; n < keys.end; n += kLanes) {
-        Vf v = load_strided(row + n * a.strides[3], a.strides[3], keys.end - n);
+      for (int64_t n = 0; n < width; n += kLanes) {
+        const int64_t key = keys.begin + n;
+        Vf v = load_strided(row + key * a.strides[3], a.strides[3], keys.end - key);
         if (a.logits) v = exp2_nonpositive((v - shift) * kLog2e);
-        if (keys.end - n >= kLanes) {
-          store(out + n, load<Vf>(out + n) + v * weight);
-        } else {
-          const Vf part = v * weight;
-          for (int64_t j = 0; j < keys.end - n; ++j) out[n + j] += part[j];
-        }
+        store(part + n, load<Vf>(part + n) + v * weight);
       }
     }
+    join();
+    for (int64_t n = keys.begin; n < keys.end; ++n)
+      out[n] = static_cast<float>(total[n - keys.begin]);
+  };
+  const auto add_chunk = [&](int64_t b, Range keys) {
+    const int64_t each = a.reduce == kNone ? a.selected : candidates;
+    for (int64_t h = 0; h < out_rows; ++h)
+      add_columns(b, h * each, (h + 1) * each, keys, a.scores + (b * out_rows + h) * a.tokens);
   };
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -97,7 +109,7 @@ void aggregate_attention_of(const AggregateAttentionArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.batch * blocks; ++i) {
       const int64_t begin = i % blocks * kChunk;
-      add_columns(i / blocks, Range{begin, smaller(begin + kChunk, a.tokens)});
+      add_chunk(i / blocks, Range{begin, smaller(begin + kChunk, a.tokens)});
     }
   }
 }

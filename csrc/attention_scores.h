@@ -48,7 +48,7 @@ struct ScoresPlan {
     stride = round_up(rows, kLanes);
     chunks = (tokens + kChunk - 1) / kChunk;
     const int64_t sums = (a.reduce == kNone ? a.heads : 1) * tokens;
-    shared = rows * tokens + 5 * chunks * stride + sums;
+    shared = rows * tokens + 5 * chunks * stride + 2 * sums;  // sums are doubles
     own = kChunk * a.width + kTileRows * kChunk + rows * a.width + 3 * rows + tokens;
   }
 };
@@ -213,26 +213,26 @@ inline float exponentials(const float* logits, float best, float factor, int64_t
 }
 
 // sums[n] += sum over rows of weight[r] * e[r][n]
-inline void add_rows(const float* e, int64_t stride, int64_t rows, const float* weight,
-                     float* sums) {
-  constexpr int kWide = 8;
-  int64_t n = 0;
-  for (; n + kWide * kLanes <= stride; n += kWide * kLanes) {
-    Vf sum[kWide];
-#pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j) sum[j] = load<Vf>(sums + n + j * kLanes);
-    for (int64_t r = 0; r < rows; ++r)
+template <int kWide>
+void add_columns(const float* e, int64_t stride, int64_t rows, const float* weight, double* sums) {
+  for (int64_t begin = 0; begin < rows; begin += kFloatRows) {
+    const int64_t end = smaller(begin + kFloatRows, rows);
+    Vf sum[kWide] = {};
+    for (int64_t r = begin; r < end; ++r)
 #pragma GCC unroll 8
       for (int j = 0; j < kWide; ++j)
-        sum[j] += splat(weight[r]) * load<Vf>(e + r * stride + n + j * kLanes);
+        sum[j] += splat(weight[r]) * load<Vf>(e + r * stride + j * kLanes);
 #pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j) store(sums + n + j * kLanes, sum[j]);
+    for (int j = 0; j < kWide; ++j) add_to(sums + j * kLanes, sum[j]);
   }
-  for (; n < stride; n += kLanes) {
-    Vf sum = load<Vf>(sums + n);
-    for (int64_t r = 0; r < rows; ++r) sum += splat(weight[r]) * load<Vf>(e + r * stride + n);
-    store(sums + n, sum);
-  }
+}
+inline void add_rows(const float* e, int64_t stride, int64_t rows, const float* weight,
+                     double* sums) {
+  constexpr int kWide = 8;
+  int64_t n = 0;
+  for (; n + kWide * kLanes <= stride; n += kWide * kLanes)
+    add_columns<kWide>(e + n, stride, rows, weight, sums + n);
+  for (; n < stride; n += kLanes) add_columns<1>(e + n, stride, rows, weight, sums + n);
 }
 
 // The scores of one sample. Every thread of the team makes one, with the same `shared` and its own
@@ -267,13 +267,13 @@ class SampleScores {
       *array = rest;
       rest += plan.chunks * plan.stride;
     }
-    sums = rest;
+    sums = reinterpret_cast<double*>(rest);
   }
 
   void run() {
     for (int64_t h = 0; h < score_rows; ++h)
       for (int64_t n = my_keys.begin; n < round_up(my_keys.end, kLanes); ++n)
-        sums[h * padded + n] = 0.0f;
+        sums[h * padded + n] = 0.0;
     touch_queries(b + 1);
     team.wait();
     for (int64_t g = 0; g < a.kv_heads && tokens.count > 0; g += plan.heads)
@@ -308,7 +308,7 @@ class SampleScores {
   float* const exponents;        // [chunk][row][key]
   float *maxima[2], *totals[2];  // [chunk][row], one for each parity
   float* weights;                // [chunk][row]
-  float* sums;                   // [score row][valid key]
+  double* sums;                  // [score row][valid key]
   float *packed_keys, *logits, *packed_queries;
   int32_t* row_index;
   ScoreRows rows;
@@ -451,9 +451,9 @@ class SampleScores {
   // Puts the sums of this thread's keys where their tokens stand, zeros where padding stands.
   void write_scores(int64_t h) const {
     float* out = a.scores + (b * score_rows + h) * a.tokens;
-    const float* sum = sums + h * padded;
+    const double* sum = sums + h * padded;
     if (tokens.index == nullptr) {
-      for (int64_t n = my_keys.begin; n < my_keys.end; ++n) out[n] = sum[n];
+      for (int64_t n = my_keys.begin; n < my_keys.end; ++n) out[n] = static_cast<float>(sum[n]);
       for (int64_t n = tokens.count; team.id == 0 && n < a.tokens; ++n) out[n] = 0.0f;
       return;
     }
@@ -462,7 +462,8 @@ class SampleScores {
     const int64_t begin = my_keys.begin == 0 ? 0 : tokens.index[my_keys.begin];
     const int64_t end = my_keys.end == tokens.count ? a.tokens : tokens.index[my_keys.end];
     for (int64_t n = begin; n < end; ++n) out[n] = 0.0f;
-    for (int64_t n = my_keys.begin; n < my_keys.end; ++n) out[tokens.index[n]] = sum[n];
+    for (int64_t n = my_keys.begin; n < my_keys.end; ++n)
+      out[tokens.index[n]] = static_cast<float>(sum[n]);
   }
 };
 

@@ -368,9 +368,9 @@ void for_key_blocks(const float* scores, Range range, const Body& body) {
 // Keys between which the threshold is, almost always: the first thread finds the upper one, the
 // last thread the lower one.
 inline void guess_bounds(const float* scores, const SelectScratch& s, const Team& team) {
-  const int64_t step = s.row->valid / kSample, middle = s.row->masked / step;
+  const int64_t valid = s.row->valid, middle = s.row->masked * kSample / valid;
   const auto sampled = [&](int64_t rank, int32_t* sample) {
-    for (int64_t i = 0; i < kSample; ++i) sample[i] = ordered(scores[i * step]);
+    for (int64_t i = 0; i < kSample; ++i) sample[i] = ordered(scores[i * valid / kSample]);
     return kth_largest(sample, kSample, rank, sample + kSample).key;
   };
   if (team.id == 0)

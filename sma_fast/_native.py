@@ -1,4 +1,4 @@
-"""The native module: outputs are allocated here with torch, addresses and strides handed over.
+"""The native module: outputs are allocated here, addresses and strides handed over.
 
 One function per op and device; `dtypes` of a function says what it takes (None: anything).
 """
@@ -205,11 +205,12 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
 
 def gather_tokens(tokens, ids) -> Tensor:
     batch, visible = ids.shape
-    tokens, ids = _even_rows(tokens), ids.contiguous()
+    tokens, stride = _even_rows(tokens)
+    ids = ids.contiguous()
     out = _empty((batch, visible) + tokens.shape[2:], tokens.dtype)
     calls["cpu", "gather_tokens"] += 1
     _module().gather_tokens(
-        _gather(tokens, out),
+        _gather(tokens, stride, out),
         batch,
         tokens.shape[1],
         visible,
@@ -313,8 +314,8 @@ def self_guided_masking(
     scores = _empty((batch, count), torch.float32)
     selection = _selection(batch, count, width_visible, width_masked)
     most = _module().most_gathers
-    tokens = [_even_rows(x) for x in tokens]
     visible = [_empty((batch, width_visible) + x.shape[2:], x.dtype) for x in tokens]
+    rows = [_even_rows(x) for x in tokens]
     calls["cpu", "self_guided_masking"] += 1
     _module().self_guided_masking(
         *_attention(query, key, query_index, head_index, key_padding_mask),
@@ -329,7 +330,7 @@ def self_guided_masking(
         random_fraction,
         -1.0 if pool_ratio is None else pool_ratio,
         *[x.data_ptr() for x in selection],
-        [_gather(x, out) for x, out in zip(tokens, visible, strict=True)][:most],
+        [_gather(*row, out) for row, out in zip(rows[:most], visible, strict=False)],
         _threads(),
     )
     for i in range(most, len(tokens)):
@@ -340,14 +341,15 @@ def self_guided_masking(
 def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
     batch, count = tokens.shape[:2]
     keep = int(count * (1 - mask_ratio))
-    tokens, noise = _even_rows(tokens), noise.contiguous()
+    tokens, stride = _even_rows(tokens)
+    noise = noise.contiguous()
     visible = _empty((batch, keep) + tokens.shape[2:], tokens.dtype)
     ids_visible = _empty((batch, keep), torch.int64)
     mask = _empty((batch, count), torch.float32)
     ids_restore = _empty((batch, count), torch.int64)
     calls["cpu", "random_masking"] += 1
     _module().random_masking(
-        _gather(tokens, visible),
+        _gather(tokens, stride, visible),
         noise.data_ptr(),
         batch,
         count,
@@ -370,7 +372,7 @@ def cuda_gather_tokens(tokens, ids) -> Tensor:
     out = torch.empty((batch, visible) + tokens.shape[2:], dtype=tokens.dtype, device=tokens.device)
     calls["cuda", "gather_tokens"] += 1
     _module().cuda_gather_tokens(
-        _gather(tokens, out),
+        _gather(tokens, 1, out),
         batch,
         tokens.shape[1],
         visible,
@@ -462,7 +464,8 @@ def _small(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype)
 
 
-def _gather(tokens: Tensor, out: Tensor) -> tuple[int, ...]:
+def _gather(tokens: Tensor, stride: int, out: Tensor) -> tuple[int, ...]:
+    # stride: elements from one to the next in a row
     size = tokens.element_size()
     row = size * math.prod(tokens.shape[2:])
     batch_stride, token_stride = tokens.stride()[:2]
@@ -472,7 +475,7 @@ def _gather(tokens: Tensor, out: Tensor) -> tuple[int, ...]:
         token_stride * size,
         row,
         size,
-        size * (_row_stride(tokens) or 1),
+        stride * size,
         out.data_ptr(),
     )
 
@@ -502,10 +505,12 @@ def _contiguous_rows(x: Tensor) -> Tensor:
     return x if _row_stride(x) == 1 else x.contiguous()
 
 
-def _even_rows(x: Tensor) -> Tensor:
-    # any strides between rows, and one stride within a row
+def _even_rows(x: Tensor) -> tuple[Tensor, int]:
+    # any strides between rows, and one stride within a row, which is returned too
     stride = _row_stride(x)
-    return x if stride == 1 or (stride and x.element_size() <= 8) else x.contiguous()
+    if stride == 1 or (stride and x.element_size() <= 8):
+        return x, stride
+    return x.contiguous(), 1
 
 
 def _threads() -> int:

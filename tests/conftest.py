@@ -98,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.set_blocked("logging-plugin")
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
     # peers: the packages that test_compat_... compare with; build: test_build, which downloads
-    allowed = (*_dispatch.BACKENDS, "peers", "build")
+    allowed = (*_dispatch.BACKENDS, "peers", "build", "golden")
     if required - set(allowed):
         raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(allowed)}")
     for backend, reason in missing_backends().items():

@@ -27,7 +27,8 @@ def golden(name: str) -> dict[str, np.ndarray]:
     shared = Path(data, "..") if data else Path(__file__).parents[2] / "shared"
     file = shared / "golden" / f"{name}.npz"
     if not file.exists():
-        pytest.skip(f"no golden files: {file} is not there")
+        required = "golden" in os.environ.get("SMA_FAST_REQUIRE", "").split(",")
+        (pytest.fail if required else pytest.skip)(f"no golden files: {file} is not there")
     with np.load(file) as archive:
         return {key: archive[key] for key in archive.files}
 

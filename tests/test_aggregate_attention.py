@@ -97,6 +97,22 @@ def test_cases(backend, case, dtype):
     assert_scores(backend, case.build(dtype))
 
 
+@pytest.mark.parametrize("logits", (False, True))
+@pytest.mark.parametrize("values", ("normal", "equal"))
+def test_many_rows(backend, values, logits):
+    # thousands of terms: what each addition loses would add up
+    attention = torch.zeros(2, 12, 300, 70)
+    if values == "normal":
+        attention.normal_(generator=torch.Generator().manual_seed(0))
+    if not logits:
+        attention = attention.softmax(3)
+    inputs = backend.inputs({"attention": attention, "logits": logits})
+    result = call(OP, inputs)
+    exact = attention.double().softmax(3) if logits else attention.double()
+    exact = exact.sum(2).mean(1).to(result.device)
+    assert ((result - exact).abs() / exact).max() < 3e-7
+
+
 @given(
     batch=st.integers(0, 3),
     heads=st.integers(1, 4),

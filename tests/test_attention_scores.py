@@ -149,6 +149,9 @@ LARGE = {  # 512 rows of one key head are 18 MiB; threads share samples, or one 
     },
     "samples": {"batch": 16, "tokens": 300, "queries": 20, "selected": 17, "padding": "left"},
     "few samples, many keys": {"batch": 5, "tokens": 4500, "queries": 3, "padding": "left"},
+    # thousands of equal terms: what each addition loses would add up
+    "many rows, all equal": {"heads": 12, "queries": 300, "tokens": 70, "scale": 0.0},
+    "many rows": {"heads": 8, "queries": 500, "tokens": 200, "width": 16},
 }
 
 

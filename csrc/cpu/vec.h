@@ -30,6 +30,8 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float Vf __attribute__((vector_size(kLanes * 4)));
+typedef float Vhf __attribute__((vector_size(kLanes * 2)));  // half as many floats
+typedef double Vd __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Vi __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Vh __attribute__((vector_size(kLanes * 2)));
 
@@ -51,7 +53,16 @@ template <class V, class T>
 inline void store(T* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
-inline Vf splat(float x) {  // 0 + x would be an addition: it changes -0
+// sums[i] += v[i], where many float sums are joined
+inline void add_to(double* sums, Vf v) {
+  Vhf half[2];
+  memcpy(half, &v, sizeof v);
+  for (int i = 0; i < 2; ++i)
+    store(sums + i * (kLanes / 2),
+          load<Vd>(sums + i * (kLanes / 2)) + __builtin_convertvector(half[i], Vd));
+}
+constexpr int64_t kFloatRows = 16;  // rows added up in float before their sum goes to a double
+inline Vf splat(float x) {          // 0 + x would be an addition: it changes -0
 #if defined(__AVX512F__)
   return reinterpret_cast<Vf>(_mm512_set1_ps(x));
 #elif defined(__AVX2__)

@@ -21,7 +21,7 @@ OPS = (
     "random_masking",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NATIVE_DTYPES = DTYPES[:3]  # what every implementation takes; float64 is the reference's
+NATIVE_DTYPES = DTYPES[:3]  # what every implementation of every op takes
 
 
 @dataclass(frozen=True)

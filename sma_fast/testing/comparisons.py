@@ -14,7 +14,7 @@ import sma_fast
 
 # Share of a row's largest score that a float32 score may be off, whatever the inputs' dtype: sums
 # of a few softmax rows, in any order.
-SCORE_TOLERANCE = 2e-4
+SCORE_TOLERANCE = 1e-5
 
 
 def error_bound(exact: Tensor, plain: Tensor, dtype: torch.dtype = torch.float32) -> float:
