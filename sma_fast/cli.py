@@ -293,7 +293,11 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             results = run.finetune(
                 of(TrainOptions), data, tuple(options.label), options.task, options.pretrained
             )
-    except (ValueError, OSError) as error:  # ours say what to do; OSError: a disk that is full
+    except (
+        ValueError,
+        OSError,
+        MissingExtra,
+    ) as error:  # ours say what to do; OSError: a disk that is full
         return _fail(error)
     if int(os.environ.get("RANK", 0)) == 0:  # of the processes of torchrun
         print(json.dumps(results, indent=1))

@@ -3,7 +3,6 @@
 import importlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -105,6 +104,11 @@ def _run(arguments, files, dies, environment, largest_file) -> None:
     torch.set_num_threads(1)
     if dies is not None:
         _die_in(*dies)
+    if "COMPILE_BACKEND" in environment:  # another one than inductor, which takes minutes
+        from sma_fast.training import run
+
+        wrapped, backend = run.training_arguments, environment["COMPILE_BACKEND"]
+        run.training_arguments = lambda *a, **n: wrapped(*a, **n, torch_compile_backend=backend)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     from sma_fast import cli
@@ -174,7 +178,12 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def difference(a: Path, b: Path) -> float:
-    """Returns the largest difference of two models' weights, relative to their size."""
+    """Returns the largest difference of two models' weights, relative to their size.
+
+    Biases of keys are left out: they change no attention, so that their gradient is rounding only,
+    which Adam makes as large as any other.
+    """
     one, other = weights(a), weights(b)
-    worst = [np.abs(one[n] - other[n]).max() / max(np.abs(one[n]).max(), 1e-3) for n in one]
-    return max(worst, default=math.nan)
+    names = [name for name in one if not name.endswith(".key.bias")]
+    assert one.keys() == other.keys() and names
+    return max(np.abs(one[n] - other[n]).max() / max(np.abs(one[n]).max(), 1e-2) for n in names)

@@ -1,7 +1,6 @@
 """pretrain, finetune and evaluate as a user runs them: killed, resumed, in several processes."""
 
 import json
-import math
 import os
 import random
 import subprocess
@@ -10,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-
 import runs
+import torch
 from runs import PHYSICS, PROTEIN, TINY, Run, assert_same_weights, difference
+
 from sma_fast.masking.sma import SMAMasking
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +159,186 @@ def test_two_processes_are_one_with_the_doubled_batch(place: Path, tmp_path: Pat
     one = Run(pretrain(place, tmp_path / "one", *arguments), tmp_path).end().results
     two = torchrun(2, pretrain(place, tmp_path / "two", *arguments)).results
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    for a, b in zip(one["validation"], two["validation"], strict=True):
-        assert a["step"] == b["step"]
+    assert_close(one["validation"], two["validation"])
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-3
+
+
+def pair(
+    arguments: list[object], tmp_path: Path, dies: tuple[str, int] | None = None
+) -> runs.Ended:
+    """Returns how the first of two processes ended that were started as torchrun does."""
+    port = str(random.SystemRandom().randint(20000, 40000))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = []
+    for rank in ("0", "1"):
+        environment = common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        both.append(Run(arguments, tmp_path, dies, environment))
+    ended = [run.end() for run in both]
+    assert ended[1].code == ended[0].code, ended[1].err
+    assert ended[1].out == ""  # the first one speaks for all
+    return ended[0]
+
+
+def test_two_processes_are_two_accumulated_batches(place: Path, tmp_path: Path) -> None:
+    """With masks and dropout drawn, as every batch of a step has its own seed."""
+    more = *steps(16, 8), "--set", "hidden_dropout_prob=0.2", *TINY[1:]
+    more = *more, "--set-mask", "schedule_length_ratio=1.0"
+    one = Run(pretrain(place, tmp_path / "one", *more, "--accumulate", "2"), tmp_path).end().results
+    two = pair(pretrain(place, tmp_path / "two", *more), tmp_path).results
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two["steps"] == one["steps"] == 16
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-3
+    other = Run(pretrain(place, tmp_path / "other", *more, "--seed", "1"), tmp_path).end().results
+    assert abs(other["loss"] - one["loss"]) > 1e-3
+
+
+def test_accumulated_batches_are_the_large_one(place: Path, tmp_path: Path) -> None:
+    results = []
+    for name, accumulate in (("large", "1"), ("small", "4")):
+        arguments = *steps(16, 8), *ALL_DRAWN, "--accumulate", accumulate
+        results.append(Run(pretrain(place, tmp_path / name, *arguments), tmp_path).end().results)
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+    assert_close(results[0]["validation"], results[1]["validation"])
+    assert difference(tmp_path / "large", tmp_path / "small") < 1e-3
+
+
+def assert_close(one: list[dict], other: list[dict]) -> None:
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in other]
+    for a, b in zip(one, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_two_killed_processes(place: Path, tmp_path: Path) -> None:
+    more = *steps(12), "--test-share", "0.1"
+    whole = pair(finetune(place, tmp_path / "whole", *more), tmp_path).results
+    broken = [*finetune(place, tmp_path / "broken", *more), "--resume"]
+    killed = pair(broken, tmp_path, dies=("torch.nn.utils.clip_grad_norm_", 8))
+    assert killed.code == -9
+    result = pair(broken, tmp_path)
+    assert "going on from" in result.err
+    assert result.results["test"] == whole["test"]
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--bf16"], ["--gradient-checkpointing"], ["--tensorboard", "--workers", "1"]],
+    ids=lambda more: more[0],
+)
+def test_options(more: list[str], place: Path, pretrained: Path, tmp_path: Path) -> None:
+    ended = Run(pretrain(place, tmp_path / "out", *steps(12), *more), tmp_path).end()
+    plain = json.loads((pretrained / "results.json").read_text())
+    found = ended.results["loss"]
+    assert found == pytest.approx(plain["loss"], rel=0.05 if more == ["--bf16"] else 1e-5)
+    assert (found == plain["loss"]) == (more != ["--bf16"])
+    assert "Warning" not in ended.err
+    assert bool(list(tmp_path.rglob("events.out.tfevents.*"))) == ("--tensorboard" in more)
+
+
+def test_compiled(place: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Up to inductor, which takes minutes: the same losses, the same names of weights."""
+    more = *steps(12), "--set-mask", "select_initial_ratio=null", *ALL_DRAWN[1:3]
+    results = []
+    for name, flags in (("plain", ()), ("fast", ("--compile",))):
+        environment = {"COMPILE_BACKEND": "eager"} if flags else {}
+        arguments = pretrain(place, tmp_path / name, *more, *flags)
+        results.append(Run(arguments, tmp_path, environment=environment).end().results)
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
+    assert difference(tmp_path / "fast", tmp_path / "plain") < 1e-2
+
+
+def test_annealing_is_compiled_once_a_stage() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    from sma_fast.models import SMAConfig, SMAForPretraining
+    from sma_fast.training.trainer import STAGES, stage
+
+    masking = SMAMasking(select_initial_ratio=1.0, schedule_length_ratio=0.5, num_per_query=1)
+    config = SMAConfig(
+        input_type="continuous",
+        encoder_type="self_attention",
+        **dict.fromkeys(("embedded_channels", "latent_channels", "decoder_channels"), 8),
+        **dict.fromkeys(("num_self_attention_heads", "num_cross_attention_heads"), 2),
+        **{"num_self_attends_per_block": 1, "decoder_heads": 1, "max_position_embeddings": 24},
+        masking=masking,
+    )
+    model = SMAForPretraining(config)
+    progress = [stage(step / 50, masking) for step in range(50)]
+    assert (
+        sorted(set(progress)) == [0.0, 0.125, 0.25, 0.375, 1.0] and len(set(progress)) == 1 + STAGES
+    )
+    assert progress == sorted(progress)
+    assert all(value <= step / 50 or step >= 25 for step, value in enumerate(progress))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for value in progress:
+        model.progress = value
+        compiled(torch.randn(2, 24, 1)).loss.backward()
+    assert counter.frame_count <= 1 + STAGES
+    never = SMAMasking()
+    assert {stage(step / 50, never) for step in range(50)} == {1.0}
+    torch._dynamo.reset()
+
+
+def test_progress_bar_shows_loss_and_speed(place: Path, pretrained: Path) -> None:
+    shown = [file.read_text() for file in place.glob("*.err")]
+    assert any("loss=" in text and "tokens/s=" in text for text in shown)
+
+
+def test_limit_train(place: Path, pretrained: Path, tmp_path: Path) -> None:
+    more = *steps(3), "--limit-train", "16"
+    ended = Run(pretrain(place, tmp_path / "out", *more), tmp_path).end()
+    assert ended.results["steps"] == 3
+    encoded = json.loads((tmp_path / "out" / "data.json").read_text())
+    whole = json.loads((pretrained / "data.json").read_text())
+    assert encoded["inputs"]["mean"] != whole["inputs"]["mean"]  # of 16 rows
+    refused = (
+        Run(pretrain(place, tmp_path / "more", "--limit-train", "1000"), tmp_path).end().refusal
+    )
+    assert "limit_train: got 1000, allowed is at most 90" in refused
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def test_the_best_by_validation_and_never_by_test(place: Path, tmp_path: Path) -> None:
+    folders = []
+    for name, test in (("one", "test.csv"), ("other", "table.csv")):
+        more = "--test", place / test, "--validation", place / "table.csv"
+        more = *more, *steps(30), "--learning-rate", "0.05", "--scheduler", "constant"
+        arguments = finetune(place, tmp_path / name, *more)
+        arguments = [a for a in arguments if a not in ("--test-share", "--validation-share", "0.2")]
+        result = Run(arguments, tmp_path).end().results
+        best = min(result["validation"], key=lambda entry: entry["loss"])
+        assert result["best_step"] == best["step"]
+        assert_same_weights(tmp_path / name, tmp_path / name / f"checkpoint-{best['step']}")
+        folders.append(tmp_path / name)
+    assert_same_weights(*folders)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_evaluate_gives_what_finetune_reported(
+    task: str, place: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """On 37 rows: an incomplete last batch counts."""
+    out = tmp_path / "out"
+    arguments = [
+        *finetune(place, out, *steps(12)),
+        "--test",
+        place / "test.csv",
+        "--test-share",
+        "0",
+    ]
+    arguments += ["--from", pretrained, "--task", task, "--validation", place / "table.csv"]
+    result = Run(arguments, tmp_path).end().results
+    for size in ("16", "64"):
+        evaluate = ["evaluate", out, place / "test.csv", "--cache", place / "cache"]
+        again = Run([*evaluate, "--batch-size", size], tmp_path).end().results
+        assert again == pytest.approx(result["test"], rel=1e-5)
+    lines = (place / "test.csv").read_text().splitlines()
+    hit = round(result["test"]["accuracy"] * (len(lines) - 1), 6) if task == "classification" else 0
+    assert hit == int(hit)  # a share of all 37

@@ -1,10 +1,13 @@
 """What a run is asked for, checked before any data is read."""
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sma_fast.models import SMAConfig
 from sma_fast.training.data.sequences import VOCABULARY
@@ -178,6 +181,8 @@ class TrainOptions:
                 f"input_channels: got {config.input_channels}, allowed is 1 with preset "
                 f"{self.preset!r}, which reads tables"
             )
+        if self.fsdp and not (torch.cuda.is_available() and "WORLD_SIZE" in os.environ):
+            raise ValueError(f"fsdp: got {self.fsdp!r}, allowed is with GPUs under torchrun only")
         if self.mask == "guided" and config.encoder_type == "cross_attention":
             config.masking.count_queries(config.max_position_embeddings, config.num_latents)
 

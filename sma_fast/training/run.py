@@ -5,6 +5,7 @@ model.safetensors), the encodings its inputs need (data.json), what was asked fo
 what came out (results.json).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,16 +38,12 @@ from sma_fast.training.data import (
     load_splits,
 )
 from sma_fast.training.data.load import select
+from sma_fast.training.extras import require
 from sma_fast.training.options import TASKS, DataOptions, TrainOptions
-from sma_fast.training.trainer import SMATrainer, TrainingArguments, training_arguments
+from sma_fast.training.trainer import Curves, SMATrainer, training_arguments
 
 _DATA, _RUN, _RESULTS = "data.json", "run.json", "results.json"
 _ENCODINGS = {"bytes": ByteSequences, "table": TableColumns, "pictures": Pictures}
-_GRADIENT_CHECKPOINTING = next(  # its name until transformers 5.20, and since
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if hasattr(TrainingArguments, name)
-)
 _PLACE = ("__file__", "__line__")  # columns that only say where a row comes from
 
 
@@ -100,6 +97,8 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     Raises:
         RunError, DataError, CheckpointError, ValueError: saying what to do.
     """
+    if options.tensorboard:
+        require("tensorboard")
     options.check()  # options that do not go together are refused before data are read
     start = _starting_point(options, data, "pretrain")
     parts = open_parts(data)
@@ -138,6 +137,8 @@ def finetune(
         raise ValueError(f"task: got {task!r}, allowed is {', '.join(TASKS)}")
     if task == "classification" and len(labels) != 1:
         raise ValueError(f"labels: got {len(labels)} columns, allowed is 1 for classification")
+    if options.tensorboard:
+        require("tensorboard")
     options.check()
     source = None if pretrained is None else load_model(pretrained, SMAForPretraining)
     known = None if pretrained is None else Encodings.read(pretrained).inputs
@@ -217,7 +218,8 @@ def load_model(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction
         )
     checkpoints.check(folder)
     try:
-        return kind.from_pretrained(folder)
+        with contextlib.redirect_stdout(None):  # huggingface_hub says where it loads from
+            return kind.from_pretrained(folder)
     except (ValueError, TypeError, OSError) as error:
         raise checkpoints.CheckpointError(
             f"{folder}: holds no {kind.__name__}: {error}: name another folder"
@@ -452,11 +454,10 @@ def _trainer(
         "eval_steps": saving,
         "bf16": options.bf16,
         "torch_compile": options.compile,
-        "report_to": "tensorboard" if options.tensorboard else "none",
         "disable_tqdm": not options.progress_bar,
     }
     if options.gradient_checkpointing:
-        settings[_GRADIENT_CHECKPOINTING] = True
+        model.gradient_checkpointing_enable()
     if options.fsdp:
         settings["fsdp"] = options.fsdp
     if validated:
@@ -465,7 +466,7 @@ def _trainer(
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
         }
-    callbacks = []
+    callbacks = [Curves()] if options.tensorboard else []
     if options.patience and validated:
         from transformers import EarlyStoppingCallback
 

@@ -23,6 +23,7 @@ from transformers import (  # noqa: E402
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback  # noqa: E402
 from transformers.trainer_utils import EvalLoopOutput  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -58,6 +59,13 @@ class LossBar(ProgressCallback):
             shown["tokens/s"] = f"{speed:.3g}"
         self.last = (now, tokens)
         self.training_bar.set_postfix(**shown)
+
+
+class Curves(TensorBoardCallback):
+    """Losses and learning rate for TensorBoard, without the model's config, which has no text."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 class Annealing(TrainerCallback):
@@ -117,6 +125,7 @@ class SMATrainer(Trainer):
     ) -> None:
         logging.set_verbosity_error()
         super().__init__(*arguments, **named)
+        self._kind, self._config = type(self.model), getattr(self.model, "config", None)
         self.save_beside = save_beside
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
@@ -166,12 +175,22 @@ class SMATrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple:
         inputs = self._prepare_inputs(inputs)
+        rows = len(inputs["inputs"])
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs)
-        loss = output.loss.detach()
+            loss, counted = output.loss, self._counted(rows)
+            if 0 < counted < rows:
+                loss = model(**{name: value[:counted] for name, value in inputs.items()}).loss
         if prediction_loss_only or "labels" not in inputs:
             return loss, None, None
         return loss, output.logits.float(), inputs["labels"]
+
+    def _counted(self, rows: int) -> int:
+        # how many of a batch's rows count: several processes fill up the last one with other rows
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return rows
+        return min(max(state.remainder - self.args.process_index * rows, 0), rows)
 
     def evaluation_loop(self, *arguments: object, **named: object) -> EvalLoopOutput:
         # the same masks each time, so that losses compare; training's draws go on as if nothing was
@@ -219,10 +238,12 @@ class SMATrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if state_dict is None:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        else:  # of FSDP, gathered from all shards
+            model = self._kind(self._config)
+            model.load_state_dict(state_dict)
         model.save_pretrained(folder)
-        if state_dict is not None and self.is_fsdp_enabled:  # gathered from all shards
-            safetensors.torch.save_file(_once(state_dict), folder / WEIGHTS)
         if self.save_beside is not None:
             self.save_beside(folder)
 
@@ -262,17 +283,6 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise checkpoints.CheckpointError(
             f"{file}: cannot be loaded into this model: {error}"
         ) from None
-
-
-def _once(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors takes no two names for one tensor
-    seen: set[int] = set()
-    kept = {}
-    for name, value in state_dict.items():
-        if value.data_ptr() not in seen or value.numel() == 0:
-            seen.add(value.data_ptr())
-            kept[name] = value.contiguous()
-    return kept
 
 
 def training_arguments(out: Path, **settings: object) -> TrainingArguments:
