@@ -49,6 +49,12 @@ class LossBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
 
+    def close(self) -> None:
+        """Ends the bars where they are."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is None or "loss" not in logs:
             return
@@ -149,6 +155,15 @@ class SMATrainer(Trainer):
             return super()._get_dataloader(*arguments, is_training=is_training, **named)
         finally:
             self.args.dataloader_drop_last = before
+
+    def train(self, *arguments: object, **named: object) -> object:
+        try:
+            return super().train(*arguments, **named)
+        except BaseException:
+            for bar in self.callback_handler.callbacks:
+                if isinstance(bar, LossBar):
+                    bar.close()  # a message begins on a line of its own
+            raise
 
     def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
         # masks and dropout depend on the seed, the step, and which of the step's batches this is:
@@ -280,8 +295,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             f"{file}: is missing: name a folder that training wrote"
         ) from None
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise checkpoints.CheckpointError(
-            f"{file}: cannot be loaded into this model: {error}"
+            f"{file}: is of another model, or damaged ({reason}): name the folder of this run, or "
+            "start again in another one"
         ) from None
 
 
