@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import sma_fast
 from sma_fast import _dispatch
 
 _DEMO_NEEDS = ("transformers", "accelerate", "sklearn", "matplotlib")
+_STAGES = 4  # of sma_fast.training.trainer, which is not imported for a help text
+_RESULT = "The folder of --out then holds the model, results.json and the last checkpoints."
 _TRAIN_NEEDS = ("transformers", "accelerate", "datasets", "sklearn", "safetensors")
 
 
@@ -22,11 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line. Default: sys.argv.
 
     Returns:
-        0, or 1 with a message where the command failed. Bad options exit with 2.
+        0, or 1 with a message where the command failed. Bad options exit with 2. Messages are one
+        line that begins with "sma-fast: error:".
     """
-    parser = argparse.ArgumentParser(
-        prog="sma-fast", description="Self-guided masking for masked autoencoders."
-    )
+    parser = _Parser(prog="sma-fast", description="Self-guided masking for masked autoencoders.")
     parser.add_argument("--version", action="version", version=sma_fast.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -60,19 +62,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     pretrain = commands.add_parser(
         "pretrain",
+        usage="%(prog)s SOURCE ... --out DIR [options]",
         help="pretrain a model on any data",
         description="Hides tokens that the model chooses itself and learns to reconstruct them. "
-        "Killed at any moment, the same command with --resume goes on.",
+        "Killed at any moment, the same command with --resume goes on, to the same weights.",
+        epilog=_RESULT,
     )
     _data_arguments(pretrain)
     _train_arguments(pretrain)
-    pretrain.add_argument("--mask", choices=("guided", "random"), default="guided")
+    pretrain.add_argument(
+        "--mask",
+        choices=("guided", "random"),
+        default="guided",
+        help="which tokens are hidden (default: %(default)s)",
+    )
 
     finetune = commands.add_parser(
         "finetune",
+        usage="%(prog)s SOURCE ... --out DIR --label COLUMN ... --task TASK [options]",
         help="train a pretrained model, or a new one, to predict labels",
         description="Trains to predict labels; the best checkpoint is chosen on the validation "
         "part, and the test part is looked at once, at the end.",
+        epilog=_RESULT,
     )
     _data_arguments(finetune)
     _train_arguments(finetune)
@@ -83,14 +94,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--label", nargs="+", required=True, metavar="COLUMN", help="columns to predict"
     )
     finetune.add_argument(
-        "--task", choices=("classification", "multilabel", "regression"), required=True
+        "--task",
+        choices=("classification", "multilabel", "regression"),
+        required=True,
+        help="what the labels are",
     )
     finetune.add_argument(
-        "--patience", type=_positive, metavar="N", help="evaluations without gain"
+        "--patience",
+        type=_positive,
+        metavar="N",
+        help="stop after so many evaluations without a lower loss (default: never)",
     )
 
     evaluate = commands.add_parser(
-        "evaluate", help="scores of a fine-tuned model, or the loss of a pretrained one"
+        "evaluate",
+        usage="%(prog)s CHECKPOINT SOURCE ... [options]",
+        help="scores of a fine-tuned model, or the loss of a pretrained one",
+        description="Prints the scores of a model that finetune made, or the loss of one that "
+        "pretrain made, on all rows of the source; with --split-column on its test part.",
     )
     evaluate.add_argument("checkpoint", type=Path, help="a folder that sma-fast wrote")
     _data_arguments(evaluate)
@@ -122,33 +143,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _train(commands.choices[options.command], options)
 
 
+class _Parser(argparse.ArgumentParser):
+    # one line for an error, and no option by half of its name
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sma-fast: error: {_line(message)}: see {self.prog} --help\n")
+
+
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("source", nargs="+", help="files, a folder of pictures, or a name on the hub")
-    data.add_argument("--validation", metavar="PATH", help="a source of its own")
-    data.add_argument("--test", metavar="PATH", help="a source of its own")
+    data.add_argument("--validation", metavar="PATH", help="source of the validation part")
+    data.add_argument("--test", metavar="PATH", help="source of the test part")
     data.add_argument("--split-column", metavar="NAME", help="says which part a row belongs to")
     data.add_argument(
-        "--parts", nargs="+", type=_assignment, metavar="PART=VALUE", help="e.g. valid=validation"
+        "--parts",
+        nargs="+",
+        type=_assignment,
+        metavar="PART=VALUE",
+        help="values of that column, e.g. valid=validation",
     )
-    data.add_argument("--validation-share", type=float, default=0.05, metavar="X")
-    data.add_argument("--test-share", type=float, default=0.0, metavar="X")
-    data.add_argument("--split-seed", type=int, default=0, metavar="N")
+    data.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="cut from the source where nothing above is given (default: %(default)s)",
+    )
+    data.add_argument(
+        "--test-share", type=float, default=0.0, metavar="X", help="as well (default: %(default)s)"
+    )
+    data.add_argument(
+        "--split-seed", type=int, default=0, metavar="N", help="of that cut (default: %(default)s)"
+    )
     data.add_argument("--format", help="instead of the one that the extension names")
     data.add_argument("--columns", nargs="+", metavar="NAME", help="for files without a header")
-    data.add_argument("--input", nargs="+", dest="inputs", metavar="COLUMN", help="what to encode")
-    data.add_argument("--min-length", type=_positive, metavar="N", help="leave shorter ones out")
-    data.add_argument("--max-length", type=_positive, metavar="N", help="leave longer ones out")
-    data.add_argument("--too-long", choices=("error", "truncate"), default="error")
+    data.add_argument(
+        "--input",
+        nargs="+",
+        dest="inputs",
+        metavar="COLUMN",
+        help="what to encode (default: the text, or all columns of a table but labels)",
+    )
+    data.add_argument("--min-length", type=_positive, metavar="N", help="leave out shorter rows")
+    data.add_argument("--max-length", type=_positive, metavar="N", help="leave out longer rows")
+    data.add_argument(
+        "--too-long",
+        choices=("error", "truncate"),
+        default="error",
+        help="what to do with rows longer than the model (default: %(default)s)",
+    )
     data.add_argument("--resize", metavar="FILTER", help="bring pictures to one size")
     data.add_argument("--cache", metavar="DIR", help="folder of converted files")
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("training (default: what the preset says)")
-    train.add_argument("--out", type=Path, required=True, metavar="DIR")
-    train.add_argument("--preset", default="language", help="protein, molecule, physics, ...")
-    train.add_argument("--scale", default="full", help="full, or small for two cores")
+    train.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for all that is written"
+    )
+    train.add_argument(
+        "--preset",
+        default="language",
+        help="protein, molecule, physics, language or image (default: %(default)s)",
+    )
+    train.add_argument(
+        "--scale", default="full", help="full, or small for two cores (default: %(default)s)"
+    )
     train.add_argument(
         "--set",
         nargs="+",
@@ -156,7 +220,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         dest="model",
         default=[],
         metavar="FIELD=VALUE",
-        help="fields of SMAConfig",
+        help="fields of SMAConfig, e.g. num_latents=64",
     )
     train.add_argument(
         "--set-mask",
@@ -167,23 +231,46 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="fields of SMAMasking, e.g. mask_ratio=0.2",
     )
-    train.add_argument("--epochs", type=float, metavar="X")
-    train.add_argument("--steps", type=_positive, metavar="N")
-    train.add_argument("--batch-size", type=_positive, metavar="N", help="over all processes")
-    train.add_argument("--learning-rate", type=float, metavar="X")
-    train.add_argument("--weight-decay", type=float, metavar="X")
-    train.add_argument("--warmup-steps", type=int, metavar="N")
-    train.add_argument("--scheduler", help="cosine, constant, linear")
-    train.add_argument("--seed", type=int, default=0, metavar="N")
-    train.add_argument("--accumulate", type=_positive, default=1, metavar="N")
-    train.add_argument("--workers", type=int, default=0, metavar="N")
+    train.add_argument("--epochs", type=float, metavar="X", help="passes over the data")
+    train.add_argument("--steps", type=_positive, metavar="N", help="optimiser steps, not --epochs")
+    train.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="rows of a step, over all processes"
+    )
+    train.add_argument("--learning-rate", type=float, metavar="X", help="at its peak")
+    train.add_argument("--weight-decay", type=float, metavar="X", help="of AdamW")
+    train.add_argument("--warmup-steps", type=int, metavar="N", help="of the learning rate")
+    train.add_argument("--scheduler", help="cosine, constant or linear")
+    train.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of weights, order, masks and dropout (default: %(default)s)",
+    )
+    train.add_argument(
+        "--accumulate", type=_positive, default=1, metavar="N", help="batches that make a step"
+    )
+    train.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read data"
+    )
     train.add_argument("--limit-train", type=_positive, metavar="N", help="rows of the train part")
-    train.add_argument("--save-steps", type=_positive, metavar="N")
-    train.add_argument("--bf16", action="store_true")
-    train.add_argument("--compile", action="store_true")
-    train.add_argument("--gradient-checkpointing", action="store_true")
-    train.add_argument("--fsdp", metavar="MODE", help="as transformers' TrainingArguments")
-    train.add_argument("--tensorboard", action="store_true")
+    train.add_argument(
+        "--save-steps",
+        type=_positive,
+        metavar="N",
+        help="steps between checkpoints, and validations (default: a tenth of the run)",
+    )
+    train.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    train.add_argument(
+        "--compile",
+        action="store_true",
+        help=f"torch.compile; annealed masks then change in {_STAGES} stages, not at every step",
+    )
+    train.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, more time"
+    )
+    train.add_argument("--fsdp", metavar="MODE", help="of transformers' TrainingArguments")
+    train.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
 
@@ -228,9 +315,14 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             results = run.finetune(
                 of(TrainOptions), data, tuple(options.label), options.task, options.pretrained
             )
-    except (ValueError, OSError) as error:  # ours say what to do; OSError: a disk that is full
+    except (
+        ValueError,
+        OSError,
+        MissingExtra,
+    ) as error:  # ours say what to do; OSError: a disk that is full
         return _fail(error)
-    print(json.dumps(results, indent=1))
+    if int(os.environ.get("RANK", 0)) == 0:  # of the processes of torchrun
+        print(json.dumps(results, indent=1))
     return 0
 
 
@@ -255,8 +347,12 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _fail(error: Exception) -> int:
-    print(f"sma-fast: error: {error}", file=sys.stderr)
+    print(f"sma-fast: error: {_line(str(error))}", file=sys.stderr)
     return 1
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _positive(text: str) -> int:

@@ -5,11 +5,16 @@ written, `complete.json` is, under another name first: it lists each file with i
 process that is killed, or a full disk, leaves a folder without it, and that folder is passed over.
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 COMPLETE = "complete.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -19,22 +24,64 @@ class CheckpointError(ValueError):
     """Raised for a checkpoint that cannot be used; the message names it and says what to do."""
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns a failure to write into `folder`, such as a full disk, into a message.
+
+    Raises:
+        CheckpointError: naming the file and saying what to do.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
+        place = getattr(error, "filename", None)
+        if place is None:  # the file that was written to last
+            files = [path for path in folder.glob("*") if path.is_file()]
+            place = max(files, key=lambda path: path.stat().st_mtime_ns, default=folder)
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{place}: cannot be written ({reason}): make room on that disk, or let it be written "
+            "to, then give the same command with --resume"
+        ) from error
+
+
 def mark_complete(folder: Path) -> None:
     """Writes what the files of `folder` are, so that `check` can tell whether they still are.
 
-    Folders in it, such as checkpoints of a run, are not looked into.
+    Folders in that of a run are not looked into; those in a checkpoint's own are.
     """
+    paths = folder.rglob("*") if _FOLDER.fullmatch(folder.name) else folder.iterdir()
     files = {
-        path.name: [path.stat().st_size, _crc(path)]
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != COMPLETE
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _crc(path)]
+        for path in sorted(paths)
+        if path.is_file() and path.name not in (COMPLETE, f".{COMPLETE}")
     }
-    beside = folder / f".{COMPLETE}"
-    with beside.open("w") as file:
-        json.dump(files, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(folder / COMPLETE)
+    write_whole(folder / COMPLETE, json.dumps(files, indent=1))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that appears under its name with all of `text`, or not at all."""
+    beside = file.with_name(f".{file.name}")
+    with beside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
+
+
+def remove_old(folder: Path, best_step: int | None, limit: int = 2) -> None:
+    """Removes all but the newest finished checkpoints of a run, and its best one.
+
+    Args:
+        folder: of the run.
+        best_step: of the checkpoint to keep in any case; None for none.
+        limit: finished checkpoints to keep, at least 1.
+    """
+    kept = complete_ones(folder)[-limit:]
+    for step, old in _numbered(folder):  # halves of earlier removals too
+        if old not in kept and step != best_step:
+            (old / COMPLETE).unlink(missing_ok=True)  # first: half of it is never taken for whole
+            shutil.rmtree(old)
 
 
 def check(folder: Path) -> None:
@@ -69,12 +116,7 @@ def check(folder: Path) -> None:
 
 def complete_ones(folder: Path) -> list[Path]:
     """Returns the finished checkpoints in the folder of a run, oldest first."""
-    found = []
-    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
-        match = _FOLDER.fullmatch(path.name)
-        if match and (path / COMPLETE).is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    return [path for _, path in _numbered(folder) if (path / COMPLETE).is_file()]
 
 
 def newest(folder: Path) -> Path | None:
@@ -90,6 +132,15 @@ def newest(folder: Path) -> Path | None:
         return None
     check(found[-1])
     return found[-1]
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    found = []
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        match = _FOLDER.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found)
 
 
 def _crc(path: Path) -> int:

@@ -1,17 +1,30 @@
 """What a run is asked for, checked before any data is read."""
 
 import dataclasses
+import os
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sma_fast.models import SMAConfig
+from sma_fast.training.data.sequences import VOCABULARY
 from sma_fast.training.presets import Preset, Schedule, preset
 
 TASKS = {
     "classification": "single_label_classification",
     "multilabel": "multi_label_classification",
     "regression": "regression",
+}
+
+
+_NOT_HERE = {  # fields of SMAConfig that something else decides
+    "masking": "--set-mask",
+    "input_type": "what the preset reads: choose another preset",
+    "num_labels": "what the labels say",
+    "problem_type": "--task",
 }
 
 
@@ -119,6 +132,14 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: got {value}, allowed is above 0")
+        for name in ("weight_decay", "warmup_steps", "workers"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}: got {value}, allowed is at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, allowed is [0, 2^32)")
+        if self.mask not in ("guided", "random"):
+            raise ValueError(f"mask: got {self.mask!r}, allowed is guided, random")
         if self.scheduler not in (None, "cosine", "constant", "linear"):
             raise ValueError(
                 f"scheduler: got {self.scheduler!r}, allowed is cosine, constant, linear"
@@ -132,6 +153,38 @@ class TrainOptions:
             ValueError: for an unknown one.
         """
         return preset(self.preset, self.scale)
+
+    def check(self) -> None:
+        """Refuses options that do not go together, by themselves and with the preset.
+
+        Raises:
+            ValueError: naming the option, what was given and what is allowed.
+        """
+        for name, instead in _NOT_HERE.items():
+            if name in self.model:
+                raise ValueError(f"{name}: got {self.model[name]!r} in model, allowed is {instead}")
+        if "mask" in self.masking:
+            raise ValueError(f"mask: got {self.masking['mask']!r} in masking, allowed is --mask")
+        hints = typing.get_type_hints(SMAConfig)
+        for name, value in self.model.items():
+            if name in hints and not _fits(value, hints[name]):
+                kind = getattr(hints[name], "__name__", str(hints[name]))
+                raise ValueError(f"{name}: got {value!r}, allowed is of type {kind}")
+        config, encoding = self.config(), self.start().encoding
+        if encoding == "bytes" and config.num_discrete_tokens < VOCABULARY:
+            raise ValueError(
+                f"num_discrete_tokens: got {config.num_discrete_tokens}, allowed is at least "
+                f"{VOCABULARY} with preset {self.preset!r}, which reads bytes"
+            )
+        if encoding == "table" and config.input_channels != 1:
+            raise ValueError(
+                f"input_channels: got {config.input_channels}, allowed is 1 with preset "
+                f"{self.preset!r}, which reads tables"
+            )
+        if self.fsdp and not (torch.cuda.is_available() and "WORLD_SIZE" in os.environ):
+            raise ValueError(f"fsdp: got {self.fsdp!r}, allowed is with GPUs under torchrun only")
+        if self.mask == "guided" and config.encoder_type == "cross_attention":
+            config.masking.count_queries(config.max_position_embeddings, config.num_latents)
 
     def config(self, changes: Mapping[str, Any] | None = None) -> SMAConfig:
         """Returns the config of a new model.
@@ -157,3 +210,10 @@ class TrainOptions:
             if getattr(self, field.name) is not None
         }
         return dataclasses.replace(chosen, **changes)
+
+
+def _fits(value: object, hint: object) -> bool:
+    kinds = typing.get_args(hint) or (hint,)  # int | None
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, tuple(kinds)) or isinstance(value, int) and float in kinds

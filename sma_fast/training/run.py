@@ -5,9 +5,12 @@ model.safetensors), the encodings its inputs need (data.json), what was asked fo
 what came out (results.json).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +20,7 @@ import datasets
 import numpy as np
 import torch
 
-from sma_fast.models import SMAForPrediction, SMAForPretraining
+from sma_fast.models import SMAConfig, SMAForPrediction, SMAForPretraining
 from sma_fast.training import checkpoints, metrics
 from sma_fast.training.data import (
     ByColumn,
@@ -35,10 +38,12 @@ from sma_fast.training.data import (
     load_splits,
 )
 from sma_fast.training.data.load import select
+from sma_fast.training.extras import require
 from sma_fast.training.options import TASKS, DataOptions, TrainOptions
-from sma_fast.training.trainer import SMATrainer, training_arguments
+from sma_fast.training.trainer import Curves, SMATrainer, training_arguments
 
 _DATA, _RUN, _RESULTS = "data.json", "run.json", "results.json"
+_ENCODINGS = {"bytes": ByteSequences, "table": TableColumns, "pictures": Pictures}
 _PLACE = ("__file__", "__line__")  # columns that only say where a row comes from
 
 
@@ -92,14 +97,16 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     Raises:
         RunError, DataError, CheckpointError, ValueError: saying what to do.
     """
-    options.config()  # options that do not go together are refused before data are read
+    if options.tensorboard:
+        require("tensorboard")
+    options.check()  # options that do not go together are refused before data are read
     start = _starting_point(options, data, "pretrain")
     parts = open_parts(data)
     train = _first_rows(parts["train"], options)
     encodings = Encodings(fit_inputs(options.start().encoding, train, data, options))
     examples = _examples(parts | {"train": train}, encodings)
     torch.manual_seed(options.seed)
-    model = SMAForPretraining(options.config(_sizes(encodings.inputs)))
+    model = SMAForPretraining(_config(options, encodings.inputs))
     trainer = _trainer(model, options, examples, encodings, finetuning=False)
     return _train(trainer, options, encodings, start, {}, lambda: {})
 
@@ -130,10 +137,17 @@ def finetune(
         raise ValueError(f"task: got {task!r}, allowed is {', '.join(TASKS)}")
     if task == "classification" and len(labels) != 1:
         raise ValueError(f"labels: got {len(labels)} columns, allowed is 1 for classification")
-    options.config()
-    start = _starting_point(options, data, f"finetune {task} {labels} {pretrained}")
+    if options.tensorboard:
+        require("tensorboard")
+    options.check()
     source = None if pretrained is None else load_model(pretrained, SMAForPretraining)
     known = None if pretrained is None else Encodings.read(pretrained).inputs
+    if known is not None and _ENCODINGS[options.start().encoding] is not type(known):
+        raise RunError(
+            f"preset: got {options.preset!r}, allowed is the one that {pretrained} was pretrained "
+            "with"
+        )
+    start = _starting_point(options, data, f"finetune {task} {labels} {pretrained}")
     parts = open_parts(data, labels)
     train = _first_rows(parts["train"], options)
     if known is None:
@@ -149,8 +163,7 @@ def finetune(
     }
     torch.manual_seed(options.seed)
     if source is None:
-        config = options.config({**_sizes(encodings.inputs), **changes})
-        model = SMAForPrediction(config)
+        model = SMAForPrediction(_config(options, encodings.inputs, changes))
     else:
         model = SMAForPrediction.from_pretraining(source, **{**changes, **options.model})
     trainer = _trainer(model, options, examples, encodings, finetuning=True)
@@ -181,13 +194,14 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
     model = load_model(folder, kind)
     rows = open_parts(dataclasses.replace(data, validation_share=0.0, test_share=0.0))
     examples = _examples({"rows": rows.get("test", rows["train"])}, encodings)
-    arguments = training_arguments(
-        folder / "evaluation", per_device_eval_batch_size=batch_size, disable_tqdm=True
-    )
-    trainer = SMATrainer(model, arguments, data_collator=Collator())
-    if encodings.labels is None:
-        return {"loss": trainer.evaluate(examples["rows"])["eval_loss"]}
-    output = trainer.predict(examples["rows"])
+    with tempfile.TemporaryDirectory(prefix="sma_fast-") as scratch:  # the Trainer wants one
+        arguments = training_arguments(
+            Path(scratch), per_device_eval_batch_size=batch_size, disable_tqdm=True
+        )
+        trainer = SMATrainer(model, arguments, data_collator=Collator())
+        if encodings.labels is None:
+            return {"loss": trainer.evaluate(examples["rows"])["eval_loss"]}
+        output = trainer.predict(examples["rows"])
     task = {kind: task for task, kind in TASKS.items()}[model.config.problem_type]
     return metrics.scores(task, output.predictions, output.label_ids, encodings)
 
@@ -204,7 +218,8 @@ def load_model(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction
         )
     checkpoints.check(folder)
     try:
-        return kind.from_pretrained(folder)
+        with contextlib.redirect_stdout(None):  # huggingface_hub says where it loads from
+            return kind.from_pretrained(folder)
     except (ValueError, TypeError, OSError) as error:
         raise checkpoints.CheckpointError(
             f"{folder}: holds no {kind.__name__}: {error}: name another folder"
@@ -270,11 +285,21 @@ def _only_column(encoding: str, train: datasets.Dataset, left_out: set[str]) -> 
     return names[0]
 
 
-def _sizes(inputs: ByteSequences | TableColumns | Pictures) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"input_type": inputs.input_type}
+def _config(
+    options: TrainOptions,
+    inputs: ByteSequences | TableColumns | Pictures,
+    changes: Mapping[str, Any] | None = None,
+) -> SMAConfig:
+    sizes: dict[str, Any] = {}
     if inputs.input_type == "continuous":
         sizes |= {"input_channels": inputs.channels, "max_position_embeddings": inputs.max_length}
-    return sizes
+    config = options.config({**sizes, **(changes or {})})
+    if config.max_position_embeddings < inputs.max_length:
+        raise RunError(
+            f"max_position_embeddings: got {config.max_position_embeddings}, allowed is at least "
+            f"{inputs.max_length}, the tokens of a row: leave it to the data"
+        )
+    return config
 
 
 def _fit_labels(
@@ -311,24 +336,58 @@ def _starting_point(options: TrainOptions, data: DataOptions, what: str) -> Path
     )
     file = options.out / _RUN
     finished = checkpoints.complete_ones(options.out)
-    if not options.resume:
-        if finished:
-            raise RunError(
-                f"{options.out}: holds checkpoints of an earlier run: add --resume to go on with "
-                "it, or name another folder with --out"
-            )
-    elif finished:
-        before = json.loads(file.read_text()) if file.is_file() else {}
+    if not options.resume and (finished or (options.out / checkpoints.COMPLETE).is_file()):
+        raise RunError(
+            f"{options.out}: holds checkpoints of an earlier run: add --resume to go on with it, "
+            "or name another folder with --out"
+        )
+    if options.resume and finished:
         now = json.loads(asked)
+        before = _read_run(file)
         if before != now:
             raise RunError(
                 f"{file}: the run was started with other options: "
                 f"{', '.join(_differences(before, now))}: give the same ones, or another --out"
             )
-    if int(os.environ.get("RANK", 0)) == 0:
-        options.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(asked + "\n")
-    return checkpoints.newest(options.out) if options.resume else None
+        start = checkpoints.newest(options.out)
+        _say(f"going on from {start}")
+        return start
+    if options.resume and (options.out / checkpoints.COMPLETE).is_file():
+        raise RunError(
+            f"{options.out}: holds a finished model and no checkpoint to go on from: name another "
+            "folder with --out"
+        )
+    if options.resume:
+        _say(f"{options.out}: holds no finished checkpoint: starting from the beginning")
+    if _first_process():
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_whole(file, asked)
+        except OSError as error:
+            raise RunError(
+                f"{file}: cannot be written ({error.strerror or error}): make room on that disk, "
+                "or name another folder with --out"
+            ) from error
+    return None
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _say(text: str) -> None:
+    if _first_process():
+        print(f"sma-fast: {text}", file=sys.stderr)
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{file}: cannot be read ({error}), so nothing says how the run was started: name "
+            "another folder with --out"
+        ) from None
 
 
 def _plain(options: TrainOptions | DataOptions) -> dict[str, Any]:
@@ -395,10 +454,10 @@ def _trainer(
         "eval_steps": saving,
         "bf16": options.bf16,
         "torch_compile": options.compile,
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "report_to": "tensorboard" if options.tensorboard else "none",
         "disable_tqdm": not options.progress_bar,
     }
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if options.fsdp:
         settings["fsdp"] = options.fsdp
     if validated:
@@ -407,7 +466,7 @@ def _trainer(
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
         }
-    callbacks = []
+    callbacks = [Curves()] if options.tensorboard else []
     if options.patience and validated:
         from transformers import EarlyStoppingCallback
 
@@ -433,7 +492,8 @@ def _train(
     on_test: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if start is None or not trainer.is_over(start):
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
     seconds = time.perf_counter() - began
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -453,11 +513,13 @@ def _train(
         "best_step": trainer.state.best_global_step,
         **on_test(),
     }
-    if trainer.is_world_process_zero():
-        (options.out / checkpoints.COMPLETE).unlink(missing_ok=True)
-        trainer.save_model(str(options.out))
-        (options.out / _RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-        checkpoints.mark_complete(options.out)
+    with checkpoints.writing(options.out):
+        if trainer.is_world_process_zero():
+            (options.out / checkpoints.COMPLETE).unlink(missing_ok=True)
+        trainer.save_model(str(options.out))  # by all processes: with FSDP each has a part
+        if trainer.is_world_process_zero():
+            (options.out / _RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+            checkpoints.mark_complete(options.out)
     return results
 
 

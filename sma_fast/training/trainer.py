@@ -1,13 +1,14 @@
-"""transformers.Trainer with what SMA adds: progress of annealing, equal masks in validation, and
-checkpoints that are either whole or passed over."""
+"""transformers.Trainer with what SMA adds: progress of annealing, draws that depend on seed and
+step alone, equal masks in validation, and checkpoints that are either whole or passed over."""
 
 import contextlib
+import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,15 +20,19 @@ from transformers import (  # noqa: E402
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback  # noqa: E402
 from transformers.trainer_utils import EvalLoopOutput  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from sma_fast.masking.sma import SMAMasking  # noqa: E402
 from sma_fast.training import checkpoints  # noqa: E402
 
 WEIGHTS = "model.safetensors"
 EVALUATION_SEED = 0  # of the masks that a validation loss is taken over
+STAGES = 4  # of annealing under torch.compile, which compiles a step for each, and keeps 8 at most
 
 
 class LossBar(ProgressCallback):
@@ -44,6 +49,12 @@ class LossBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
 
+    def close(self) -> None:
+        """Ends the bars where they are."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is None or "loss" not in logs:
             return
@@ -56,35 +67,50 @@ class LossBar(ProgressCallback):
         self.training_bar.set_postfix(**shown)
 
 
+class Curves(TensorBoardCallback):
+    """Losses and learning rate for TensorBoard, without the model's config, which has no text."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+
+
 class Annealing(TrainerCallback):
-    """Tells the model how far training is."""
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
-        model.progress = state.global_step / max(state.max_steps, 1)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        model.progress = 1.0
-
-
-class KeepWhole(TrainerCallback):
-    """Marks a checkpoint when it is whole, and only then removes older ones.
+    """Tells the model how far training is, and has each checkpoint begin with a new mean of losses.
 
     Args:
-        limit: checkpoints to keep, at least 1; the best one is kept besides.
+        model: before anything is wrapped around it.
+        staged: whether progress goes in `STAGES` stages.
     """
 
-    def __init__(self, limit: int = 2) -> None:
-        self.limit = limit
+    def __init__(self, model: nn.Module, staged: bool = False) -> None:
+        self.model = model
+        self.staged = staged
 
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir)
-        checkpoints.mark_complete(folder / f"checkpoint-{state.global_step}")
-        best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
-        for old in checkpoints.complete_ones(folder)[: -self.limit]:
-            if old.name != best:
-                shutil.rmtree(old)
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        progress = state.global_step / max(state.max_steps, 1)
+        if self.staged:
+            progress = stage(progress, self.model.config.masking)
+        self.model.progress = progress
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        # a resumed run does not know the losses since the last log entry
+        control.should_log |= control.should_save
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.model.progress = 1.0
+
+
+def stage(progress: float, masking: SMAMasking) -> float:
+    """Returns `progress` rounded down to the begin of a stage of annealing; 1 where that is over.
+
+    Args:
+        progress: the share of training that is done, in [0, 1].
+        masking: whose annealing it is.
+    """
+    if masking.mask == "random" or not masking.annealing(progress):
+        return 1.0
+    length = masking.schedule_length_ratio
+    return math.floor(progress / length * STAGES) / STAGES * length
 
 
 class SMATrainer(Trainer):
@@ -105,13 +131,21 @@ class SMATrainer(Trainer):
     ) -> None:
         logging.set_verbosity_error()
         super().__init__(*arguments, **named)
+        self._kind, self._config = type(self.model), getattr(self.model, "config", None)
         self.save_beside = save_beside
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         if self.args.should_save and not self.args.disable_tqdm:
             self.add_callback(LossBar(title))
-        self.add_callback(Annealing())
-        self.add_callback(KeepWhole())
+        self.add_callback(Annealing(self.model, staged=self.args.torch_compile))
+        self._batch = (-1, 0)  # step, and batches of it that were seen
+
+    def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None):
+        # whole steps only, so that an epoch does not depend on how a step is cut into batches
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step *= self.args.world_size
+        return torch.utils.data.RandomSampler(rows, num_samples=len(rows) // step * step)
 
     def _get_dataloader(self, *arguments: object, is_training: bool = False, **named: object):
         # training leaves the last incomplete batch out, and evaluation must not
@@ -121,6 +155,26 @@ class SMATrainer(Trainer):
             return super()._get_dataloader(*arguments, is_training=is_training, **named)
         finally:
             self.args.dataloader_drop_last = before
+
+    def train(self, *arguments: object, **named: object) -> object:
+        try:
+            return super().train(*arguments, **named)
+        except BaseException:
+            for bar in self.callback_handler.callbacks:
+                if isinstance(bar, LossBar):
+                    bar.close()  # a message begins on a line of its own
+            raise
+
+    def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
+        # masks and dropout depend on the seed, the step, and which of the step's batches this is:
+        # the same in a resumed run, and for two processes or two accumulated batches
+        step = self.state.global_step
+        number = self._batch[1] if self._batch[0] == step else 0
+        self._batch = (step, number + 1)
+        place = number * self.args.world_size + self.args.process_index
+        words = np.random.SeedSequence([self.args.seed, step, place]).generate_state(2)
+        torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+        return super().training_step(*arguments, **named)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object
@@ -136,12 +190,22 @@ class SMATrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple:
         inputs = self._prepare_inputs(inputs)
+        rows = len(inputs["inputs"])
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs)
-        loss = output.loss.detach()
+            loss, counted = output.loss, self._counted(rows)
+            if 0 < counted < rows:
+                loss = model(**{name: value[:counted] for name, value in inputs.items()}).loss
         if prediction_loss_only or "labels" not in inputs:
             return loss, None, None
         return loss, output.logits.float(), inputs["labels"]
+
+    def _counted(self, rows: int) -> int:
+        # how many of a batch's rows count: several processes fill up the last one with other rows
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return rows
+        return min(max(state.remainder - self.args.process_index * rows, 0), rows)
 
     def evaluation_loop(self, *arguments: object, **named: object) -> EvalLoopOutput:
         # the same masks each time, so that losses compare; training's draws go on as if nothing was
@@ -157,14 +221,44 @@ class SMATrainer(Trainer):
             finally:
                 model.progress = progress
 
+    def is_over(self, folder: Path) -> bool:
+        """Returns whether a checkpoint is of a run's last step; then its result is taken over.
+
+        Args:
+            folder: of a whole checkpoint.
+        """
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        if state.global_step < self.args.max_steps and not control.get("should_training_stop"):
+            return False
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_global_step:
+            folder = folder.parent / f"checkpoint-{state.best_global_step}"
+        checkpoints.check(folder)
+        load_weights(self.model, folder)
+        return True
+
+    def _save_checkpoint(self, *arguments: object, **named: object) -> None:
+        run = Path(self.args.output_dir)
+        folder = run / f"checkpoint-{self.state.global_step}"
+        with checkpoints.writing(folder):
+            super()._save_checkpoint(*arguments, **named)
+        self.accelerator.wait_for_everyone()  # each process writes files of its own
+        if self.is_world_process_zero():
+            with checkpoints.writing(folder):
+                checkpoints.mark_complete(folder)
+            checkpoints.remove_old(run, self.state.best_global_step)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if state_dict is None:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        else:  # of FSDP, gathered from all shards
+            model = self._kind(self._config)
+            model.load_state_dict(state_dict)
         model.save_pretrained(folder)
-        if state_dict is not None and self.is_fsdp_enabled:  # gathered from all shards
-            safetensors.torch.save_file(_once(state_dict), folder / WEIGHTS)
         if self.save_beside is not None:
             self.save_beside(folder)
 
@@ -177,10 +271,12 @@ class SMATrainer(Trainer):
             load_weights(model or self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        checkpoints.check(best)
         if self.is_fsdp_enabled:
             super()._load_best_model()
         else:
-            load_weights(self.model, Path(self.state.best_model_checkpoint))
+            load_weights(self.model, best)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -199,20 +295,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             f"{file}: is missing: name a folder that training wrote"
         ) from None
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise checkpoints.CheckpointError(
-            f"{file}: cannot be loaded into this model: {error}"
+            f"{file}: is of another model, or damaged ({reason}): name the folder of this run, or "
+            "start again in another one"
         ) from None
-
-
-def _once(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors takes no two names for one tensor
-    seen: set[int] = set()
-    kept = {}
-    for name, value in state_dict.items():
-        if value.data_ptr() not in seen or value.numel() == 0:
-            seen.add(value.data_ptr())
-            kept[name] = value.contiguous()
-    return kept
 
 
 def training_arguments(out: Path, **settings: object) -> TrainingArguments:
@@ -235,5 +322,6 @@ def training_arguments(out: Path, **settings: object) -> TrainingArguments:
         "remove_unused_columns": False,
         "include_num_input_tokens_seen": "non_padding",
         "ddp_find_unused_parameters": False,
+        "restore_callback_states_from_checkpoint": True,  # how long there was no better one
     }
     return TrainingArguments(**(defaults | settings))
