@@ -10,6 +10,8 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -76,7 +78,8 @@ def _call(variant: str, shape: shapes.Shape, device: str, dtype: torch.dtype) ->
     )
 
 
-def _peak(call: functools.partial, device: str) -> int:
+def peak_of(call: Callable[[], Any], device: str) -> int:
+    """Returns the most bytes that a call held beyond what was there and what it returns."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -106,7 +109,7 @@ def _main(variant: str, name: str, device: str, dtype: str, quick: str) -> None:
     dtype = getattr(torch, dtype)
     _call(variant, small, device, dtype)()  # starts the threads and loads what is loaded late
     call = _call(variant, small if quick == "1" else shape, device, dtype)
-    print(_peak(call, device))
+    print(peak_of(call, device))
 
 
 if __name__ == "__main__":
