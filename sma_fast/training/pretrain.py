@@ -1,17 +1,16 @@
-"""Pretraining with transformers.Trainer, which stays inside this file."""
+"""Pretraining of the demo's model on a tensor of samples; `run.py` has the general one."""
 
-import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import ProgressCallback, Trainer
+from transformers.utils import logging
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-from transformers import ProgressCallback, Trainer, TrainingArguments  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+from sma_fast.training.trainer import LossBar, training_arguments
 
 
 @dataclass(frozen=True)
@@ -38,23 +37,6 @@ class Inputs(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"inputs": self.inputs[index]}
-
-
-class _LossBar(ProgressCallback):
-    """The Trainer's progress bar with the loss beside it, not one line for each log entry."""
-
-    def __init__(self, title: str) -> None:
-        super().__init__()
-        self.title = title
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
 
 def pretrain(
@@ -93,31 +75,24 @@ def pretrain(
         raise ValueError(f"batch_size: got {batch_size}, allowed is at most {len(inputs)} samples")
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(prefix="sma_fast-") as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
+        arguments = training_arguments(
+            Path(scratch),
             max_steps=steps,
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             warmup_steps=steps // 10,
-            lr_scheduler_type="cosine",
-            optim="adamw_torch_fused",
             seed=seed,
             data_seed=seed,
             logging_steps=max(1, steps // 50),
-            logging_nan_inf_filter=False,
-            log_level="error",
             save_strategy="no",
-            report_to="none",
             disable_tqdm=False,
-            use_cpu=not torch.cuda.is_available(),
             dataloader_drop_last=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
+            include_num_input_tokens_seen="no",
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=Inputs(inputs.cpu()))
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_LossBar(title))
+        trainer.add_callback(LossBar(title))
         trainer.train()
         entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     model.to(inputs.device).eval()
