@@ -1,15 +1,19 @@
 # make demo, make test and make bench each create .venv, install with constraints.txt, and run.
-# PYTHON picks the interpreter the environment is made from; DEMO_OUT the folder of the demo.
+# PYTHON picks the interpreter the environment is made from; DEMO_OUT the folder of the demo, DATA,
+# SCIENCE_OUT and SCALE (small or full) those of make science.
 comma := ,
 PYTHON ?= python3
 DEMO_OUT ?= demo-out
+DATA ?= ../shared/data
+SCIENCE_OUT ?= science-out
+SCALE ?= small
 BIN := .venv/bin
 RESULT := .benchmarks/bench.json
 # where the recorded results of the published code are, a test that cannot read them fails
 GOLDEN := $(if $(wildcard ../shared/golden/*.npz),$(comma)golden)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h' -o -name '*.c*')
 
-.PHONY: demo test bench lint gpu clean
+.PHONY: demo test bench science lint gpu clean
 
 demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
@@ -21,6 +25,10 @@ bench: .venv/installed
 	mkdir -p $(dir $(RESULT))
 	$(BIN)/pytest bench --quiet --benchmark-quiet --benchmark-json=$(RESULT)
 	$(BIN)/python -m bench.report --save $(RESULT)
+
+# real data of three sciences, in DATA (see ../shared/README.md); runs that are done are not repeated
+science: .venv/installed
+	$(BIN)/python -m bench.science --data $(DATA) --out $(SCIENCE_OUT) --scale $(SCALE) --save
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -43,5 +51,5 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv build dist $(DEMO_OUT) .benchmarks .pytest_cache .hypothesis .ruff_cache \
+	rm -rf .venv build dist $(DEMO_OUT) $(SCIENCE_OUT) .benchmarks .pytest_cache .hypothesis .ruff_cache \
 	    sma_fast.egg-info sma_fast/_C*.so sma_fast/_build.json
