@@ -214,7 +214,8 @@ def main() -> int:
 
 
 def _file(options: argparse.Namespace, job: tuple) -> Path:
-    return options.out / "-".join(str(part) for part in job if part != "") / "results.json"
+    name = "-".join(str(part) for part in job if part != "")
+    return options.out / options.scale / name / "results.json"
 
 
 def _run_all(jobs: list[tuple], options: argparse.Namespace) -> None:
@@ -267,6 +268,8 @@ def _data(chosen: dict, options: argparse.Namespace):
         name: str(options.data / chosen[name]) for name in ("validation", "test") if name in chosen
     }
     source = tuple(str(options.data / path) for path in chosen["source"])
+    if options.scale == "full":
+        chosen = {name: value for name, value in chosen.items() if name != "max_length"}
     return DataOptions(**{**chosen, **paths, "source": source})
 
 

@@ -169,12 +169,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--validation-share",
         type=float,
-        default=0.05,
         metavar="X",
-        help="cut from the source where nothing above is given (default: %(default)s)",
+        help="of the train part, where there is no validation part (default: 0.05)",
     )
     data.add_argument(
-        "--test-share", type=float, default=0.0, metavar="X", help="as well (default: %(default)s)"
+        "--test-share", type=float, metavar="X", help="of all rows, cut off first (default: none)"
     )
     data.add_argument(
         "--split-seed", type=int, default=0, metavar="N", help="of that cut (default: %(default)s)"
@@ -196,7 +195,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what to do with rows longer than the model (default: %(default)s)",
     )
-    data.add_argument("--resize", metavar="FILTER", help="bring pictures to one size")
+    data.add_argument(
+        "--exclude", nargs="+", metavar="COLUMN", help="columns of a table that are no inputs"
+    )
+    data.add_argument("--resize", metavar="FILTER", help="bring pictures to --size")
+    data.add_argument("--size", nargs=2, type=_positive, metavar=("H", "W"), help="of pictures")
     data.add_argument("--cache", metavar="DIR", help="folder of converted files")
 
 
@@ -291,9 +294,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     for name in ("parts", "model", "masking"):
         if given.get(name) is not None:
             given[name] = dict(given[name])
-    if given.get("parts"):
-        given["parts"] = {part: str(value) for part, value in given["parts"].items()}
-    for name in ("source", "columns", "inputs"):
+    for name in ("source", "columns", "inputs", "exclude", "size"):
         given[name] = None if given[name] is None else tuple(given[name])
 
     def of(kind: type) -> Any:
@@ -363,6 +364,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a whole number of at least 1")
     return number
+
+
+def _part(text: str) -> tuple[str, str]:
+    part, sign, value = text.partition("=")
+    if not sign or part not in ("train", "valid", "test"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is train=, valid= or test=VALUE")
+    return part, value
 
 
 def _assignment(text: str) -> tuple[str, Any]:

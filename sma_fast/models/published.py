@@ -154,10 +154,13 @@ def _config(published: Mapping) -> SMAConfig:
         }
     masker = _find(published, "masking_ratio")
     if masker is not None:
+        heads = masker.get("head_aggregation", "mean")
+        if heads not in _HEADS:
+            raise ValueError(f"head_aggregation: got {heads!r}, allowed is {', '.join(_HEADS)}")
         sizes["masking"] = SMAMasking(
             mask_ratio=masker["masking_ratio"],
             num_per_query=masker.get("num_per_query", 1),
-            head_reduce=_HEADS[masker.get("head_aggregation", "mean")],
+            head_reduce=_HEADS[heads],
             mask_self=masker.get("mask_self", False),
             select_initial_ratio=masker.get("select_initial_ratio"),
             schedule_length_ratio=masker.get("schedule_length_ratio") or 1.0,

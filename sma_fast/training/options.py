@@ -1,6 +1,7 @@
 """What a run is asked for, checked before any data is read."""
 
 import dataclasses
+import math
 import os
 import typing
 from collections.abc import Mapping
@@ -37,7 +38,9 @@ class DataOptions:
         validation, test: sources of their own for these parts.
         split_column: column that says which part a row belongs to.
         parts: values of that column by part, such as {"valid": "validation"}.
-        validation_share, test_share: cut from `source` where neither of the above is given.
+        validation_share: cut from the train part where there is no validation part, .05 unless
+            given.
+        test_share: cut from `source` where none of the above is given.
         split_seed: of that cut.
         format: see `sma_fast.training.data.load`.
         columns: names of the columns of a file without a header line.
@@ -45,7 +48,9 @@ class DataOptions:
             and split, or "image".
         min_length, max_length: shorter or longer sequences are left out, in bytes.
         too_long: what to do with sequences longer than the model: "error" or "truncate".
-        resize: filter that brings pictures to the size of the first one.
+        exclude: columns of a table that are no inputs, such as labels of a later task.
+        resize: filter that brings pictures to `size`.
+        size: height and width of pictures. Default: that of the first one, which all must have.
         cache: folder of converted files.
     """
 
@@ -54,8 +59,8 @@ class DataOptions:
     test: str | None = None
     split_column: str | None = None
     parts: Mapping[str, str] | None = None
-    validation_share: float = 0.05
-    test_share: float = 0.0
+    validation_share: float | None = None
+    test_share: float | None = None
     split_seed: int = 0
     format: str | None = None
     columns: tuple[str, ...] | None = None
@@ -63,19 +68,32 @@ class DataOptions:
     min_length: int | None = None
     max_length: int | None = None
     too_long: str = "error"
+    exclude: tuple[str, ...] | None = None
     resize: str | None = None
+    size: tuple[int, int] | None = None
     cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("validation_share", "test_share"):
+            if getattr(self, name) is None:
+                continue
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is [0, 1)")
-        if self.validation_share + self.test_share >= 1:
+        if self.test_share and (self.split_column or self.test or self.validation):
+            raise ValueError("test_share: allowed without split_column, validation and test only")
+        if self.validation_share and self.validation:
+            raise ValueError("validation_share: allowed without a validation source only")
+        if self.share_to_validate + (self.test_share or 0.0) >= 1:
             raise ValueError("validation_share, test_share: allowed is a sum below 1")
         if self.split_column and (self.validation or self.test):
             raise ValueError("split_column: allowed without validation and test sources only")
         if self.parts and not self.split_column:
             raise ValueError("parts: allowed with split_column only")
+
+    @property
+    def share_to_validate(self) -> float:
+        """The share of the train part that validates where there is no validation part."""
+        return 0.05 if self.validation_share is None else self.validation_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +148,7 @@ class TrainOptions:
                 raise ValueError(f"{name}: got {value}, allowed is at least 1")
         for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: got {value}, allowed is above 0")
         for name in ("weight_decay", "warmup_steps", "workers"):
             value = getattr(self, name)

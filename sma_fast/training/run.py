@@ -37,7 +37,7 @@ from sma_fast.training.data import (
     from_state,
     load_splits,
 )
-from sma_fast.training.data.load import select
+from sma_fast.training.data.load import load, select
 from sma_fast.training.extras import require
 from sma_fast.training.options import TASKS, DataOptions, TrainOptions
 from sma_fast.training.trainer import Curves, SMATrainer, training_arguments
@@ -102,7 +102,7 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     options.check()  # options that do not go together are refused before data are read
     start = _starting_point(options, data, "pretrain")
     parts = open_parts(data)
-    train = _first_rows(parts["train"], options)
+    train = _drawn_rows(parts["train"], options, data)
     encodings = Encodings(fit_inputs(options.start().encoding, train, data, options))
     examples = _examples(parts | {"train": train}, encodings)
     torch.manual_seed(options.seed)
@@ -148,12 +148,18 @@ def finetune(
             "with"
         )
     start = _starting_point(options, data, f"finetune {task} {labels} {pretrained}")
+    if known is not None:
+        known = _known_inputs(known, data)
+        read = sorted(set(labels) & set(known.columns))
+        if read:
+            raise RunError(
+                f"labels: {pretrained} reads {', '.join(read)} as input, which gives the answer "
+                f"away: pretrain again with --exclude {' '.join(read)}"
+            )
     parts = open_parts(data, labels)
-    train = _first_rows(parts["train"], options)
+    train = _drawn_rows(parts["train"], options, data)
     if known is None:
         known = fit_inputs(options.start().encoding, train, data, options, labels)
-    elif isinstance(known, ByteSequences) and data.inputs:
-        known = ByteSequences(data.inputs[0], known.max_length, data.too_long, known.alphabet)
     encodings = Encodings(known, _fit_labels(task, train, labels))
     examples = _examples(parts | {"train": train}, encodings)
     changes = {
@@ -192,8 +198,10 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
     encodings = Encodings.read(folder)
     kind = SMAForPretraining if encodings.labels is None else SMAForPrediction
     model = load_model(folder, kind)
-    rows = open_parts(dataclasses.replace(data, validation_share=0.0, test_share=0.0))
-    examples = _examples({"rows": rows.get("test", rows["train"])}, encodings)
+    encodings = dataclasses.replace(encodings, inputs=_known_inputs(encodings.inputs, data))
+    parts = open_parts(dataclasses.replace(data, validation_share=0.0, test_share=0.0))
+    rows = parts["test"] if "test" in parts else parts["train"]
+    examples = _examples({"rows": rows}, encodings)
     with tempfile.TemporaryDirectory(prefix="sma_fast-") as scratch:  # the Trainer wants one
         arguments = training_arguments(
             Path(scratch), per_device_eval_batch_size=batch_size, disable_tqdm=True
@@ -243,15 +251,32 @@ def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, dat
     }
     source = data.source if len(data.source) > 1 else data.source[0]
     if data.split_column:
-        parts = {"train": "train", "valid": "valid", "test": "test", **(data.parts or {})}
-        return load_splits(source, ByColumn(data.split_column, parts), **named)
-    own = {"valid": data.validation, "test": data.test}
-    own = {part: path for part, path in own.items() if path is not None}
-    if own:
-        return load_splits({"train": source, **own}, **named)
-    sizes = {"test": data.test_share, "valid": data.validation_share}
-    sizes = {part: share for part, share in sizes.items() if share > 0}
-    return load_splits(source, ByIndex({**sizes, "train": None}, data.split_seed), **named)
+        parts = _by_column(load(source, **named), data)
+    elif data.validation or data.test:
+        own = {"valid": data.validation, "test": data.test}
+        own = {part: path for part, path in own.items() if path is not None}
+        parts = load_splits({"train": source, **own}, **named)
+    else:
+        sizes = {"test": data.test_share or 0.0, "valid": data.share_to_validate}
+        sizes = {part: share for part, share in sizes.items() if share > 0}
+        return load_splits(source, ByIndex({**sizes, "train": None}, data.split_seed), **named)
+    if "valid" not in parts and "train" in parts and data.share_to_validate > 0:
+        cut = ByIndex({"valid": data.share_to_validate, "train": None}, data.split_seed)
+        parts |= cut.apply(parts["train"])
+    return parts
+
+
+def _by_column(rows: datasets.Dataset, data: DataOptions) -> dict[str, datasets.Dataset]:
+    if data.split_column not in rows.column_names:
+        return ByColumn(data.split_column).apply(rows)  # says which columns there are
+    named = {"train": ["train"], "valid": ["valid", "validation", "val"], "test": ["test"]}
+    if data.parts:
+        named |= {part: [value] for part, value in data.parts.items()}
+        return ByColumn(data.split_column, {p: v for p, v in named.items() if v}).apply(rows)
+    there = set(rows.unique(data.split_column))
+    named = {part: [v for v in values if v in there] for part, values in named.items()}
+    named = {part: values for part, values in named.items() if values}
+    return ByColumn(data.split_column, named or None).apply(rows)
 
 
 def fit_inputs(
@@ -262,7 +287,11 @@ def fit_inputs(
     labels: tuple[str, ...] = (),
 ) -> ByteSequences | TableColumns | Pictures:
     """Returns the encoding of inputs, with mean and standard deviation of the train part."""
-    left_out = {*labels, *_PLACE, *([data.split_column] if data.split_column else ())}
+    left_out = {*labels, *_PLACE, *(data.exclude or ())}
+    left_out |= {data.split_column} if data.split_column else set()
+    both = sorted(set(data.inputs or ()) & set(labels))
+    if both:
+        raise RunError(f"labels: got {', '.join(both)}, which --input names as an input too")
     if encoding == "table":
         return TableColumns.fit(train, data.inputs, sorted(left_out))
     column = data.inputs[0] if data.inputs else _only_column(encoding, train, left_out)
@@ -270,7 +299,24 @@ def fit_inputs(
         longest = options.config().max_position_embeddings
         return ByteSequences(column, longest, data.too_long)
     channels = options.config().input_channels
-    return Pictures.fit(train, column, channels=channels, resize=data.resize)
+    return Pictures.fit(train, column, size=data.size, channels=channels, resize=data.resize)
+
+
+def _known_inputs(
+    known: ByteSequences | TableColumns | Pictures, data: DataOptions
+) -> ByteSequences | TableColumns | Pictures:
+    # the encoding of a checkpoint; sequences may stand in another column now
+    if isinstance(known, ByteSequences):
+        column = data.inputs[0] if data.inputs else known.column
+        return ByteSequences(column, known.max_length, data.too_long, known.alphabet)
+    if data.inputs and list(data.inputs) != list(known.columns):
+        raise RunError(
+            f"inputs: got {', '.join(data.inputs)}, allowed is {', '.join(known.columns)}, what "
+            "the checkpoint was trained on"
+        )
+    if data.resize or data.size:
+        raise RunError("resize, size: allowed is neither beside a checkpoint, which has its own")
+    return known
 
 
 def _only_column(encoding: str, train: datasets.Dataset, left_out: set[str]) -> str:
@@ -310,7 +356,9 @@ def _fit_labels(
     return (MultiLabels if task == "multilabel" else Targets).fit(train, list(labels))
 
 
-def _first_rows(train: datasets.Dataset, options: TrainOptions) -> datasets.Dataset:
+def _drawn_rows(
+    train: datasets.Dataset, options: TrainOptions, data: DataOptions
+) -> datasets.Dataset:
     if options.limit_train is None:
         return train
     if options.limit_train > len(train):
@@ -318,7 +366,8 @@ def _first_rows(train: datasets.Dataset, options: TrainOptions) -> datasets.Data
             f"limit_train: got {options.limit_train}, allowed is at most {len(train)}, the rows "
             "of the train part"
         )
-    return select(train, np.arange(options.limit_train))
+    drawn = np.random.default_rng(data.split_seed).permutation(len(train))[: options.limit_train]
+    return select(train, np.sort(drawn))  # files may be sorted by label
 
 
 def _examples(parts: Mapping[str, datasets.Dataset], encodings: Encodings) -> dict[str, Examples]:
@@ -439,7 +488,7 @@ def _trainer(
         "gradient_accumulation_steps": options.accumulate,
         "learning_rate": schedule.learning_rate,
         "weight_decay": schedule.weight_decay,
-        "warmup_steps": min(schedule.warmup_steps, steps // 5),
+        "warmup_steps": options.warmup_steps or min(schedule.warmup_steps, steps // 5),
         "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(
             schedule.scheduler, schedule.scheduler
         ),

@@ -1,0 +1,159 @@
+"""Which rows and columns a run reads: labels stay out of inputs, parts out of each other."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sma_fast.training import run
+from sma_fast.training.options import DataOptions, TrainOptions
+
+TINY = {
+    "embedded_channels": 16,
+    "latent_channels": 16,
+    "qk_channels": 16,
+    "decoder_channels": 16,
+    "num_self_attends_per_block": 1,
+    "num_self_attention_heads": 2,
+    "num_cross_attention_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a CSV of 100 rows, the labels of which the other columns say nothing about."""
+    path = tmp_path_factory.mktemp("run") / "table.csv"
+    rng = np.random.default_rng(0)
+    lines = ["a,b,c,part,y"]
+    for row in range(100):
+        part = "train" if row < 80 else "test"
+        cells = [f"{x:.3f}" for x in rng.normal(size=3)]
+        lines.append(",".join([*cells, part, str(int(row % 80 >= 40))]))  # sorted by label
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def data(table: Path, **changes: object) -> DataOptions:
+    return DataOptions((str(table),), cache=str(table.parent / "cache"), **changes)
+
+
+def options(out: Path, **changes: object) -> TrainOptions:
+    given = {"preset": "physics", "scale": "small", "batch_size": 16, "steps": 2}
+    return TrainOptions(out=out, model=TINY, progress_bar=False, **(given | changes))
+
+
+def test_labels_never_are_inputs(table: Path, tmp_path: Path) -> None:
+    run.pretrain(options(tmp_path / "all"), data(table, split_column="part"))
+    with pytest.raises(run.RunError, match=r"reads y as input.*pretrain again with --exclude y"):
+        run.finetune(
+            options(tmp_path / "leak"),
+            data(table, split_column="part"),
+            ("y",),
+            "classification",
+            tmp_path / "all",
+        )
+    run.pretrain(options(tmp_path / "without"), data(table, split_column="part", exclude=("y",)))
+    assert run.Encodings.read(tmp_path / "without").inputs.columns == ["a", "b", "c"]
+    results = run.finetune(
+        options(tmp_path / "fine"),
+        data(table, split_column="part"),
+        ("y",),
+        "classification",
+        tmp_path / "without",
+    )
+    assert results["test"]["accuracy"] < 1
+    with pytest.raises(run.RunError, match="labels: got y, which --input names as an input too"):
+        run.finetune(
+            options(tmp_path / "both"),
+            data(table, split_column="part", inputs=("a", "y")),
+            ("y",),
+            "classification",
+        )
+
+
+def test_inputs_are_those_of_the_checkpoint(table: Path, tmp_path: Path) -> None:
+    run.pretrain(options(tmp_path / "ab"), data(table, inputs=("a", "b")))
+    other = data(table, inputs=("a", "c"))
+    message = "inputs: got a, c, allowed is a, b, what the checkpoint was trained on"
+    with pytest.raises(run.RunError, match=message):
+        run.evaluate(tmp_path / "ab", other)
+    with pytest.raises(run.RunError, match=message):
+        run.finetune(options(tmp_path / "fine"), other, ("y",), "classification", tmp_path / "ab")
+    with pytest.raises(run.RunError, match="resize, size: allowed is neither"):
+        run.evaluate(tmp_path / "ab", data(table, size=(4, 4)))
+    assert "loss" in run.evaluate(tmp_path / "ab", data(table, inputs=("a", "b")))
+
+
+def test_parts(table: Path) -> None:
+    def rows(**changes: object) -> dict[str, set[int]]:
+        parts = run.open_parts(data(table, **changes))
+        return {name: set(part["__line__"]) for name, part in parts.items()}
+
+    by_column = rows(split_column="part")  # no validation part: cut from train
+    assert by_column["test"] == set(range(82, 102))
+    assert len(by_column["valid"]) == 4 and len(by_column["train"]) == 76
+    assert not by_column["valid"] & by_column["test"]
+    assert set(rows(split_column="part", validation_share=0.0)) == {"train", "test"}
+    own_test = rows(test=str(table))
+    assert len(own_test["valid"]) == 5 and len(own_test["train"]) == 95
+    assert {name: len(part) for name, part in rows(test_share=0.2).items()} == {
+        "train": 75,
+        "valid": 5,
+        "test": 20,
+    }
+    for refused in (
+        {"test_share": 0.1, "split_column": "part"},
+        {"test_share": 0.1, "test": "x"},
+        {"validation_share": 0.1, "validation": "x"},
+    ):
+        with pytest.raises(ValueError, match="_share: allowed without"):
+            data(table, **refused)
+
+
+def test_limited_rows_are_drawn_not_the_first(table: Path, tmp_path: Path) -> None:
+    # the file is sorted by label: its first rows have one class only
+    parts = data(table, split_column="part", inputs=("a", "b", "c"))
+    limited = options(tmp_path / "out", limit_train=24)
+    assert run.finetune(limited, parts, ("y",), "classification")["steps"] == 2
+    train = run.open_parts(parts)["train"]
+    chosen = [run._drawn_rows(train, limited, parts)["__line__"] for _ in range(2)]
+    assert list(chosen[0]) == list(chosen[1]) and len(chosen[0]) == 24
+    other = dataclasses.replace(parts, split_seed=1)
+    assert list(run._drawn_rows(train, limited, other)["__line__"]) != list(chosen[0])
+
+
+def test_pictures_are_resized_on_request(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        pixels = rng.integers(0, 255, (6 + number % 3, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    sizes = TINY | {"num_latents": 4, "v_channels": 16, "decoder_heads": 2}
+    given = TrainOptions(
+        out=tmp_path / "out",
+        preset="image",
+        scale="small",
+        batch_size=8,
+        steps=1,
+        model=sizes,
+        masking={"num_queries": 2},
+        progress_bar=False,
+    )
+    source = DataOptions(
+        (str(folder),), cache=str(tmp_path / "cache"), resize="bilinear", size=(4, 5)
+    )
+    run.pretrain(given, source)
+    assert run.Encodings.read(tmp_path / "out").inputs.max_length == 20
+
+
+def test_an_asked_warm_up_is_kept(table: Path, tmp_path: Path) -> None:
+    parts = {"train": list(range(64))}
+    for asked, expected in ((None, 2), (9, 9)):
+        given = options(tmp_path / "out", steps=10, warmup_steps=asked)
+        trainer = run._trainer(
+            run.SMAForPretraining(given.config()), given, parts, run.Encodings(None), False
+        )
+        assert trainer.args.warmup_steps == expected
