@@ -161,7 +161,7 @@ def _rounded(value):
 
 def _load(files: list[pathlib.Path]) -> dict:
     if not files:
-        files = sorted(RESULTS.glob("*.json"))[-1:]
+        files = sorted(RESULTS.glob("20*.json"))[-1:]
         if not files:
             raise ValueError("JSON: bench/results holds no run yet, name the file of one")
     loaded = [json.loads(file.read_text()) for file in files]

@@ -207,7 +207,7 @@ def main() -> int:
     summary = summarise(options, tasks, sciences)
     print(table(summary))
     if options.save:
-        path = RESULTS / f"{summary['date']}-science-{options.scale}.json"
+        path = RESULTS / f"science-{summary['date']}-{options.scale}.json"
         path.write_text(json.dumps(summary, indent=1) + "\n")
         print(f"saved: {path}")
     return 0

@@ -330,8 +330,7 @@ def test_evaluate_gives_what_finetune_reported(
         *finetune(place, out, *steps(12)),
         "--test",
         place / "test.csv",
-        "--test-share",
-        "0",
+        *("--test-share", "0", "--validation-share", "0"),
     ]
     arguments += ["--from", pretrained, "--task", task, "--validation", place / "table.csv"]
     result = Run(arguments, tmp_path).end().results
