@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
 
 test: .venv/installed
-	TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers,build$(GOLDEN) $(BIN)/pytest
+	TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers,build,train$(GOLDEN) $(BIN)/pytest
 
 bench: .venv/installed
 	mkdir -p $(dir $(RESULT))

@@ -47,15 +47,20 @@ def peak_bytes(variant: str, name: str, device: str, dtype: torch.dtype, quick: 
         name: of the shape.
         quick: scaled down.
     """
-    arguments = [variant, name, device, str(dtype).removeprefix("torch."), str(int(quick))]
+    dtype_name = str(dtype).removeprefix("torch.")
+    return printed_by("bench.memory", variant, name, device, dtype_name, str(int(quick)))
+
+
+def printed_by(module: str, *arguments: str) -> int:
+    """Returns the number that `python -m module arguments` prints, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=pathlib.Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        raise RuntimeError(f"python -m bench.memory {' '.join(arguments)}: {done.stderr}")
+        raise RuntimeError(f"python -m {module} {' '.join(arguments)}: {done.stderr}")
     return int(done.stdout)
 
 

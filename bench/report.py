@@ -64,6 +64,7 @@ def table(result: dict) -> str:
         lines.append("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
     met = [line[-1] for line in cells[1:]]
     lines.append(f"targets met: {met.count('yes')} of {len(met) - met.count('')}")
+    lines += _untouched(result)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -92,7 +93,32 @@ def markdown(result: dict) -> str:
         met = "; ".join(line[-1] for line in cells)
         name = f"`{row['op']}` | {row['shape']} | {row['part']}"
         lines.append(f"| {name} | {ours} | {over} | {peers} | {reach} | {met} |")
-    return "\n".join([*lines, "", _losses(result)])
+    return "\n".join([*lines, "", *_untouched(result), _losses(result)])
+
+
+def _untouched(result: dict) -> list[str]:
+    # of a pretraining step: how much of it lies in layers that are the same in both models
+    rows = {
+        (row["shape"], row["part"]): row
+        for row in result["rows"]
+        if row["op"] == "pretraining_step" and "ours_s" in row
+    }
+    lines = []
+    for (shape, part), row in rows.items():
+        if part != "whole" or (shape, "changed parts") not in rows:
+            continue
+        changed = rows[shape, "changed parts"]
+        shares = []
+        for whole_s, part_s in (
+            (row["ours_s"], changed["ours_s"]),
+            *[(x["peers"]["published"]["median_s"] for x in (row, changed))],
+        ):
+            shares.append(max(0.0, 1 - part_s / whole_s))
+        lines.append(
+            f"A step on {shape}: {shares[0]:.0%} of ours and {shares[1]:.0%} of the published one "
+            "lie in layers that this project leaves as they are (whole less changed parts)."
+        )
+    return lines
 
 
 def _losses(result: dict) -> str:

@@ -28,26 +28,32 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Science:
-    """One domain: what is pretrained on, and for how long at which scale."""
+    """One domain: its preset, what is pretrained on, and the steps of that at scale small.
+
+    At scale full the preset's epochs count.
+    """
 
     preset: str
     data: dict
-    steps: dict[str, int | None]  # by scale; None: the preset's epochs
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One fine-tuning task."""
+    """One fine-tuning task: of which science, on what, for which label, measured how.
+
+    `steps` are those at scale small; `baseline` says how the plain models see the inputs, `limit`
+    how many rows of the train part are used.
+    """
 
     science: str
     data: dict
     label: str
     kind: str
     measures: tuple[str, ...]
-    steps: dict[str, int | None]
+    steps: int
+    baseline: str
     limit: int | None = None
-    baseline: str = ""
-    options: dict = dataclasses.field(default_factory=dict)
 
 
 _HIGGS = {
@@ -58,11 +64,11 @@ _HIGGS = {
 }
 _SCAFFOLD = {"inputs": ("smiles",), "split_column": "scaffold_split"}
 SCIENCES = {
-    "physics": Science("physics", _HIGGS, {"small": 300, "full": None}),
+    "physics": Science("physics", _HIGGS, 300),
     "molecule": Science(
         "molecule",
         {"source": ("chem/chembl30_90k.smi.gz",), "inputs": ("smiles",), "validation_share": 0.01},
-        {"small": 350, "full": None},
+        350,
     ),
     "protein": Science(
         "protein",
@@ -72,99 +78,41 @@ SCIENCES = {
             "max_length": 256,
             "validation_share": 0.01,
         },
-        {"small": 250, "full": None},
+        250,
     ),
 }
-_RMSE, _AUC, _RANK = ("rmse",), ("auc",), ("spearman",)
+
+
+def _higgs(steps: int, limit: int | None = None) -> Task:
+    measures = ("accuracy", "auc")
+    return Task("physics", _HIGGS, "y", "classification", measures, steps, "table", limit)
+
+
+def _scaffold(name: str, kind: str, measure: str, steps: int, **data: str) -> Task:
+    source = {"source": (f"chem/{name}.csv",), **_SCAFFOLD, **data}
+    return Task("molecule", source, "label", kind, (measure,), steps, "ngrams")
+
+
+def _sequences(data: dict, steps: int) -> Task:
+    data = {"inputs": ("seq",), **data}
+    return Task("protein", data, "label", "regression", ("spearman",), steps, "onehot")
+
+
 TASKS = {
-    "higgs-1k": Task(
-        "physics",
-        _HIGGS,
-        "y",
-        "classification",
-        ("accuracy", "auc"),
-        {"small": 120, "full": None},
-        1000,
-        "table",
-    ),
-    "higgs-10k": Task(
-        "physics",
-        _HIGGS,
-        "y",
-        "classification",
-        ("accuracy", "auc"),
-        {"small": 250, "full": None},
-        10_000,
-        "table",
-    ),
-    "higgs-all": Task(
-        "physics",
-        _HIGGS,
-        "y",
-        "classification",
-        ("accuracy", "auc"),
-        {"small": 400, "full": None},
-        None,
-        "table",
-    ),
-    "esol": Task(
-        "molecule",
-        {"source": ("chem/esol.csv",), **_SCAFFOLD},
-        "label",
-        "regression",
-        _RMSE,
-        {"small": 300, "full": None},
-        None,
-        "ngrams",
-    ),
-    "freesolv": Task(
-        "molecule",
-        {"source": ("chem/freesolv.csv",), **_SCAFFOLD},
-        "label",
-        "regression",
-        _RMSE,
-        {"small": 200, "full": None},
-        None,
-        "ngrams",
-    ),
-    "bbbp": Task(
-        "molecule",
-        {"source": ("chem/bbbp.csv",), **_SCAFFOLD, "too_long": "truncate"},
-        "label",
-        "classification",
-        _AUC,
-        {"small": 300, "full": None},
-        None,
-        "ngrams",
-    ),
-    "avgfp": Task(
-        "protein",
-        {
-            "source": ("protein/avgfp_tape.csv.gz",),
-            "inputs": ("seq",),
-            "split_column": "split",
-        },
-        "label",
-        "regression",
-        _RANK,
-        {"small": 250, "full": None},
-        None,
-        "onehot",
-    ),
-    "stability": Task(
-        "protein",
+    "higgs-1k": _higgs(120, 1000),
+    "higgs-10k": _higgs(250, 10_000),
+    "higgs-all": _higgs(400),
+    "esol": _scaffold("esol", "regression", "rmse", 300),
+    "freesolv": _scaffold("freesolv", "regression", "rmse", 200),
+    "bbbp": _scaffold("bbbp", "classification", "auc", 300, too_long="truncate"),
+    "avgfp": _sequences({"source": ("protein/avgfp_tape.csv.gz",), "split_column": "split"}, 250),
+    "stability": _sequences(
         {
             "source": ("protein/stability.train.csv.gz",),
             "validation": "protein/stability.valid.csv.gz",
             "test": "protein/stability.test.csv.gz",
-            "inputs": ("seq",),
         },
-        "label",
-        "regression",
-        _RANK,
-        {"small": 300, "full": None},
-        None,
-        "onehot",
+        300,
     ),
 }
 
@@ -256,7 +204,7 @@ def _run(work: tuple) -> tuple[tuple, str]:
                 _pretrain(SCIENCES[name], start, seed, folder, options)
             else:
                 _finetune(TASKS[name], start, seed, folder, options)
-    except Exception:
+    except Exception:  # said, and the exit code is 1; the other runs are not lost with this one
         return job, traceback.format_exc()
     return job, ""
 
@@ -283,7 +231,7 @@ def _pretrain(science: Science, mask: str, seed: int, folder: Path, options) -> 
         scale=options.scale,
         mask=mask,
         seed=seed,
-        steps=science.steps[options.scale],
+        steps=science.steps if options.scale == "small" else None,
         progress_bar=False,
         resume=True,
     )
@@ -299,11 +247,10 @@ def _finetune(task: Task, start: str, seed: int, folder: Path, options) -> None:
         preset=SCIENCES[task.science].preset,
         scale=options.scale,
         seed=seed,
-        steps=task.steps[options.scale],
+        steps=task.steps if options.scale == "small" else None,
         limit_train=task.limit,
         progress_bar=False,
         resume=True,
-        **task.options,
     )
     pretrained = None
     if start != "none":
@@ -313,6 +260,8 @@ def _finetune(task: Task, start: str, seed: int, folder: Path, options) -> None:
 
 def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]) -> dict:
     """Returns means and standard deviations over the seeds of all runs in the folder."""
+    import subprocess
+
     import torch
 
     import sma_fast
@@ -326,8 +275,15 @@ def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]
 
     seeds = range(options.seeds)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
     summary = {
         "date": datetime.date.today().isoformat(),
+        "commit": commit,
         "machine": f"{device}, {options.jobs} runs at a time",
         "versions": {
             "sma_fast": sma_fast.__version__,
@@ -370,12 +326,19 @@ def table(summary: dict) -> str:
         spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
         return f"{entry['mean']:.3f}{spread}"
 
-    lines = ["| task | measure | guided | random | none | baselines |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| task | measure | guided | random | none | baselines | steps | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, task in summary["tasks"].items():
+        seconds = statistics.mean(task[start]["seconds"]["mean"] for start in STARTS)
         for measure in TASKS[name].measures:
             cells = [cell(task[start][measure]) for start in STARTS]
             plain = [f"{m} {e[measure]['mean']:.3f}" for m, e in task["baselines"].items()]
-            lines.append(f"| {name} | {measure} | {' | '.join(cells)} | {', '.join(plain)} |")
+            lines.append(
+                f"| {name} | {measure} | {' | '.join(cells)} | {', '.join(plain)} | "
+                f"{task['steps']} | {seconds:.0f} |"
+            )
     lines += ["", "| pretraining | steps | parameters | seconds | tokens/s | validation loss |"]
     lines.append("|---|---|---|---|---|---|")
     for name, entry in summary["pretraining"].items():

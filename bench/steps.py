@@ -4,8 +4,6 @@
 its own.
 """
 
-import pathlib
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -145,15 +143,7 @@ def check_same_loss(step: Step) -> None:
 
 def peak_bytes(variant: str, name: str, quick: bool) -> int:
     """Returns the most that one step of a process of its own held beyond the model and inputs."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.steps", variant, name, str(int(quick))],
-        cwd=pathlib.Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"python -m bench.steps {variant} {name}: {done.stderr}")
-    return int(done.stdout)
+    return memory.printed_by("bench.steps", variant, name, str(int(quick)))
 
 
 def _main(variant: str, name: str, quick: str) -> None:

@@ -120,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = commands.add_parser(
         "show",
         help="draw what a pretrained model masks, and why",
-        description="Draws for a few rows the attention each token receives, which tokens that "
-        "masks, and what the model predicts there against the truth.",
+        description="Draws for a few rows the attention each token receives, which tokens are "
+        "masked, and what the model predicts there against the truth.",
     )
     show.add_argument("checkpoint", type=Path, help="a folder that sma-fast pretrain wrote")
     _data_arguments(show)
@@ -194,6 +194,9 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("error", "truncate"),
         default="error",
         help="what to do with rows longer than the model (default: %(default)s)",
+    )
+    data.add_argument(
+        "--alphabet", metavar="CHARS", help="the only characters that sequences may hold"
     )
     data.add_argument(
         "--exclude", nargs="+", metavar="COLUMN", help="columns of a table that are no inputs"

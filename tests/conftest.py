@@ -4,6 +4,7 @@ SMA_FAST_REQUIRE="cpu,triton,peers" makes what is missing an error instead of a 
 """
 
 import functools
+import importlib.util
 import math
 import os
 from collections import Counter
@@ -37,6 +38,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("sma_fast")
 
 OUTCOME = pytest.StashKey[str]()  # of a test's body: "passed", "failed" or "skipped"
+# a machine for kernels alone need not have the [train] extra
+MISSING_TO_TRAIN = [
+    name
+    for name in ("transformers", "accelerate", "datasets", "sklearn", "matplotlib", "PIL")
+    if importlib.util.find_spec(name) is None
+]
+if MISSING_TO_TRAIN:
+    collect_ignore_glob = [
+        *("test_data_*.py", "test_training.py", "test_run.py", "test_show.py", "test_cli.py"),
+        *("test_checkpoints.py", "test_demo.py"),
+    ]
+
 MARGIN = 64  # elements around an output, a multiple of the alignment that torch gives
 
 
@@ -98,16 +111,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.set_blocked("logging-plugin")
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
     # peers: the packages that test_compat_... compare with; build: test_build, which downloads
-    allowed = (*_dispatch.BACKENDS, "peers", "build", "golden")
+    allowed = (*_dispatch.BACKENDS, "peers", "build", "golden", "train")
     if required - set(allowed):
         raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(allowed)}")
-    for backend, reason in missing_backends().items():
-        if backend in required:
-            raise pytest.UsageError(f"SMA_FAST_REQUIRE: {backend} is missing: {reason}")
+    missing = missing_backends()
+    if MISSING_TO_TRAIN:
+        missing["train"] = f"not installed: {', '.join(MISSING_TO_TRAIN)}"
+    for name, reason in missing.items():
+        if name in required:
+            raise pytest.UsageError(f"SMA_FAST_REQUIRE: {name} is missing: {reason}")
 
 
 def pytest_report_header() -> list[str]:
-    return [f"backend {name} is not tested: {why}" for name, why in missing_backends().items()]
+    lines = [f"backend {name} is not tested: {why}" for name, why in missing_backends().items()]
+    if MISSING_TO_TRAIN:
+        lines.append(f"training is not tested: not installed: {', '.join(MISSING_TO_TRAIN)}")
+    return lines
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -118,10 +118,10 @@ def test_limited_rows_are_drawn_not_the_first(table: Path, tmp_path: Path) -> No
     limited = options(tmp_path / "out", limit_train=24)
     assert run.finetune(limited, parts, ("y",), "classification")["steps"] == 2
     train = run.open_parts(parts)["train"]
-    chosen = [run._drawn_rows(train, limited, parts)["__line__"] for _ in range(2)]
+    chosen = [run.drawn_rows(train, limited, parts)["__line__"] for _ in range(2)]
     assert list(chosen[0]) == list(chosen[1]) and len(chosen[0]) == 24
     other = dataclasses.replace(parts, split_seed=1)
-    assert list(run._drawn_rows(train, limited, other)["__line__"]) != list(chosen[0])
+    assert list(run.drawn_rows(train, limited, other)["__line__"]) != list(chosen[0])
 
 
 def test_pictures_are_resized_on_request(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class DataOptions:
             and split, or "image".
         min_length, max_length: shorter or longer sequences are left out, in bytes.
         too_long: what to do with sequences longer than the model: "error" or "truncate".
+        alphabet: the only characters that sequences may hold. Default: any.
         exclude: columns of a table that are no inputs, such as labels of a later task.
         resize: filter that brings pictures to `size`.
         size: height and width of pictures. Default: that of the first one, which all must have.
@@ -68,6 +69,7 @@ class DataOptions:
     min_length: int | None = None
     max_length: int | None = None
     too_long: str = "error"
+    alphabet: str | None = None
     exclude: tuple[str, ...] | None = None
     resize: str | None = None
     size: tuple[int, int] | None = None

@@ -144,6 +144,13 @@ _IMAGE = {
     "share_embedding_weights": False,
 }
 _BY_ONE_HEAD = {"head_reduce": "random", "mask_self": True, "select_initial_ratio": 1.0}
+_MOLECULE_MASK = {"mask_ratio": 0.30, "num_per_query": 3, **_BY_ONE_HEAD}
+_PHYSICS_MASK = {
+    "mask_ratio": 0.20,
+    "num_per_query": 3,
+    "schedule_length_ratio": 0.25,
+    **_BY_ONE_HEAD,
+}
 _LANGUAGE_MASK = {"mask_ratio": 0.15, "num_per_query": 4, "head_reduce": "mean"}
 
 PRESETS = {
@@ -153,7 +160,7 @@ PRESETS = {
             _LANGUAGE,  # (inferred)
             _LANGUAGE_MASK,  # num_per_query (inferred)
             Schedule(256, 3e-4, 0.01, 5000, 10),
-            Schedule(64, 5e-5, 0.01, 1000, 30),
+            Schedule(64, 5e-5, 0.01, 1000, 30),  # batch (chosen)
         ),
         "small": Preset(
             "bytes",
@@ -167,7 +174,7 @@ PRESETS = {
         "full": Preset(
             "bytes",
             _MOLECULE,
-            {"mask_ratio": 0.30, "num_per_query": 3, **_BY_ONE_HEAD},
+            _MOLECULE_MASK,
             Schedule(128, 1e-4, 0.01, 10_000, 30),
             Schedule(32, 1e-4, 0.001, 50, 40),
         ),
@@ -185,7 +192,7 @@ PRESETS = {
                 "initializer_range": 0.05,
                 "pe_initializer_range": 0.05,
             },
-            {"mask_ratio": 0.30, "num_per_query": 3, **_BY_ONE_HEAD},
+            _MOLECULE_MASK,
             Schedule(64, 1e-3, 0.01, 100, 1),
             Schedule(32, 5e-4, 0.001, 50, 20),
         ),
@@ -194,12 +201,7 @@ PRESETS = {
         "full": Preset(
             "table",
             _PHYSICS,
-            {
-                "mask_ratio": 0.20,
-                "num_per_query": 3,
-                "schedule_length_ratio": 0.25,
-                **_BY_ONE_HEAD,
-            },
+            _PHYSICS_MASK,
             Schedule(256, 1e-4, 0.01, 10_000, 50),
             Schedule(128, 3e-5, 1e-5, 0, 200, "constant"),
             {
@@ -221,12 +223,7 @@ PRESETS = {
                 "initializer_range": 0.05,
                 "pe_initializer_range": 0.05,
             },
-            {
-                "mask_ratio": 0.20,
-                "num_per_query": 3,
-                "schedule_length_ratio": 0.25,
-                **_BY_ONE_HEAD,
-            },
+            _PHYSICS_MASK,
             Schedule(256, 1e-3, 0.01, 100, 4),
             Schedule(128, 5e-4, 1e-5, 20, 20),
             {"hidden_dropout_prob": 0.1},
@@ -237,7 +234,7 @@ PRESETS = {
             "bytes",
             _LANGUAGE,
             _LANGUAGE_MASK,
-            Schedule(256, 1e-4, 0.01, 5000, 10),
+            Schedule(256, 1e-4, 0.01, 5000, 10),  # epochs (chosen): published are 1M steps
             Schedule(32, 5e-5, 0.01, 1000, 10),  # (chosen)
         ),
         "small": Preset(

@@ -16,75 +16,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 
 from sma_fast.models import SMAConfig, SMAForPrediction, SMAForPretraining
 from sma_fast.training import checkpoints, metrics
-from sma_fast.training.data import (
-    ByColumn,
-    ByIndex,
-    ByteSequences,
-    ClassLabels,
-    Collator,
-    DataError,
-    Examples,
-    MultiLabels,
-    Pictures,
-    TableColumns,
-    Targets,
-    from_state,
-    load_splits,
-)
-from sma_fast.training.data.load import load, select
+from sma_fast.training.data import Collator, Examples
 from sma_fast.training.extras import require
+from sma_fast.training.inputs import (
+    ENCODINGS,
+    Encodings,
+    Inputs,
+    RunError,
+    drawn_rows,
+    encoded,
+    fit_inputs,
+    fit_labels,
+    known_inputs,
+    open_parts,
+    rows_to_read,
+)
 from sma_fast.training.options import TASKS, DataOptions, TrainOptions
 from sma_fast.training.trainer import Curves, SMATrainer, training_arguments
 
-_DATA, _RUN, _RESULTS = "data.json", "run.json", "results.json"
-_ENCODINGS = {"bytes": ByteSequences, "table": TableColumns, "pictures": Pictures}
-_PLACE = ("__file__", "__line__")  # columns that only say where a row comes from
-
-
-class RunError(ValueError):
-    """Raised where a run cannot start or go on; the message says what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Encodings:
-    """How rows become inputs and labels; a checkpoint keeps it."""
-
-    inputs: ByteSequences | TableColumns | Pictures
-    labels: ClassLabels | MultiLabels | Targets | None = None
-
-    def save(self, folder: Path) -> None:
-        """Writes data.json into `folder`."""
-        state = {"inputs": self.inputs.state()}
-        if self.labels is not None:
-            state["labels"] = self.labels.state()
-        (folder / _DATA).write_text(json.dumps(state, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "Encodings":
-        """Returns what `save` wrote.
-
-        Raises:
-            CheckpointError: where data.json is missing or damaged.
-        """
-        file = folder / _DATA
-        try:
-            state = json.loads(file.read_text())
-            labels = from_state(state["labels"]) if "labels" in state else None
-            return cls(from_state(state["inputs"]), labels)
-        except FileNotFoundError:
-            raise checkpoints.CheckpointError(
-                f"{file}: is missing: name a folder that sma-fast wrote"
-            ) from None
-        except (DataError, ValueError, KeyError, TypeError) as error:
-            raise checkpoints.CheckpointError(
-                f"{file}: is damaged: {error}: take another checkpoint"
-            ) from None
+_RUN, _RESULTS = "run.json", "results.json"
 
 
 def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
@@ -102,9 +56,9 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     options.check()  # options that do not go together are refused before data are read
     start = _starting_point(options, data, "pretrain")
     parts = open_parts(data)
-    train = _drawn_rows(parts["train"], options, data)
+    train = drawn_rows(parts["train"], options, data)
     encodings = Encodings(fit_inputs(options.start().encoding, train, data, options))
-    examples = _examples(parts | {"train": train}, encodings)
+    examples = encoded(parts | {"train": train}, encodings)
     torch.manual_seed(options.seed)
     model = SMAForPretraining(_config(options, encodings.inputs))
     trainer = _trainer(model, options, examples, encodings, finetuning=False)
@@ -142,14 +96,14 @@ def finetune(
     options.check()
     source = None if pretrained is None else load_model(pretrained, SMAForPretraining)
     known = None if pretrained is None else Encodings.read(pretrained).inputs
-    if known is not None and _ENCODINGS[options.start().encoding] is not type(known):
+    if known is not None and ENCODINGS[options.start().encoding] is not type(known):
         raise RunError(
             f"preset: got {options.preset!r}, allowed is the one that {pretrained} was pretrained "
             "with"
         )
     start = _starting_point(options, data, f"finetune {task} {labels} {pretrained}")
     if known is not None:
-        known = _known_inputs(known, data)
+        known = known_inputs(known, data)
         read = sorted(set(labels) & set(known.columns))
         if read:
             raise RunError(
@@ -157,11 +111,11 @@ def finetune(
                 f"away: pretrain again with --exclude {' '.join(read)}"
             )
     parts = open_parts(data, labels)
-    train = _drawn_rows(parts["train"], options, data)
+    train = drawn_rows(parts["train"], options, data)
     if known is None:
         known = fit_inputs(options.start().encoding, train, data, options, labels)
-    encodings = Encodings(known, _fit_labels(task, train, labels))
-    examples = _examples(parts | {"train": train}, encodings)
+    encodings = Encodings(known, fit_labels(task, train, labels))
+    examples = encoded(parts | {"train": train}, encodings)
     changes = {
         "num_labels": encodings.labels.num_labels,
         "problem_type": TASKS[task],
@@ -188,7 +142,7 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
 
     Args:
         folder: that `finetune` or `pretrain` wrote.
-        data: of which `source` is read whole, whatever its splits; with `split_column`, its test
+        data: of which `source` is read whole; with `split_column` or a `test` source, the test
             part.
         batch_size: samples at a time.
 
@@ -198,10 +152,8 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
     encodings = Encodings.read(folder)
     kind = SMAForPretraining if encodings.labels is None else SMAForPrediction
     model = load_model(folder, kind)
-    encodings = dataclasses.replace(encodings, inputs=_known_inputs(encodings.inputs, data))
-    parts = open_parts(dataclasses.replace(data, validation_share=0.0, test_share=0.0))
-    rows = parts["test"] if "test" in parts else parts["train"]
-    examples = _examples({"rows": rows}, encodings)
+    encodings = dataclasses.replace(encodings, inputs=known_inputs(encodings.inputs, data))
+    examples = encoded({"rows": rows_to_read(data)}, encodings)
     with tempfile.TemporaryDirectory(prefix="sma_fast-") as scratch:  # the Trainer wants one
         arguments = training_arguments(
             Path(scratch), per_device_eval_batch_size=batch_size, disable_tqdm=True
@@ -234,106 +186,9 @@ def load_model(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction
         ) from None
 
 
-def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, datasets.Dataset]:
-    """Returns the rows by part: "train", and perhaps "valid" and "test".
-
-    Raises:
-        DataError: as `load` and the split.
-    """
-    named = {
-        "format": data.format,
-        "columns": data.columns,
-        "inputs": data.inputs,
-        "labels": labels or None,
-        "min_length": data.min_length,
-        "max_length": data.max_length,
-        "cache": data.cache,
-    }
-    source = data.source if len(data.source) > 1 else data.source[0]
-    if data.split_column:
-        parts = _by_column(load(source, **named), data)
-    elif data.validation or data.test:
-        own = {"valid": data.validation, "test": data.test}
-        own = {part: path for part, path in own.items() if path is not None}
-        parts = load_splits({"train": source, **own}, **named)
-    else:
-        sizes = {"test": data.test_share or 0.0, "valid": data.share_to_validate}
-        sizes = {part: share for part, share in sizes.items() if share > 0}
-        return load_splits(source, ByIndex({**sizes, "train": None}, data.split_seed), **named)
-    if "valid" not in parts and "train" in parts and data.share_to_validate > 0:
-        cut = ByIndex({"valid": data.share_to_validate, "train": None}, data.split_seed)
-        parts |= cut.apply(parts["train"])
-    return parts
-
-
-def _by_column(rows: datasets.Dataset, data: DataOptions) -> dict[str, datasets.Dataset]:
-    if data.split_column not in rows.column_names:
-        return ByColumn(data.split_column).apply(rows)  # says which columns there are
-    named = {"train": ["train"], "valid": ["valid", "validation", "val"], "test": ["test"]}
-    if data.parts:
-        named |= {part: [value] for part, value in data.parts.items()}
-        return ByColumn(data.split_column, {p: v for p, v in named.items() if v}).apply(rows)
-    there = set(rows.unique(data.split_column))
-    named = {part: [v for v in values if v in there] for part, values in named.items()}
-    named = {part: values for part, values in named.items() if values}
-    return ByColumn(data.split_column, named or None).apply(rows)
-
-
-def fit_inputs(
-    encoding: str,
-    train: datasets.Dataset,
-    data: DataOptions,
-    options: TrainOptions,
-    labels: tuple[str, ...] = (),
-) -> ByteSequences | TableColumns | Pictures:
-    """Returns the encoding of inputs, with mean and standard deviation of the train part."""
-    left_out = {*labels, *_PLACE, *(data.exclude or ())}
-    left_out |= {data.split_column} if data.split_column else set()
-    both = sorted(set(data.inputs or ()) & set(labels))
-    if both:
-        raise RunError(f"labels: got {', '.join(both)}, which --input names as an input too")
-    if encoding == "table":
-        return TableColumns.fit(train, data.inputs, sorted(left_out))
-    column = data.inputs[0] if data.inputs else _only_column(encoding, train, left_out)
-    if encoding == "bytes":
-        longest = options.config().max_position_embeddings
-        return ByteSequences(column, longest, data.too_long)
-    channels = options.config().input_channels
-    return Pictures.fit(train, column, size=data.size, channels=channels, resize=data.resize)
-
-
-def _known_inputs(
-    known: ByteSequences | TableColumns | Pictures, data: DataOptions
-) -> ByteSequences | TableColumns | Pictures:
-    # the encoding of a checkpoint; sequences may stand in another column now
-    if isinstance(known, ByteSequences):
-        column = data.inputs[0] if data.inputs else known.column
-        return ByteSequences(column, known.max_length, data.too_long, known.alphabet)
-    if data.inputs and list(data.inputs) != list(known.columns):
-        raise RunError(
-            f"inputs: got {', '.join(data.inputs)}, allowed is {', '.join(known.columns)}, what "
-            "the checkpoint was trained on"
-        )
-    if data.resize or data.size:
-        raise RunError("resize, size: allowed is neither beside a checkpoint, which has its own")
-    return known
-
-
-def _only_column(encoding: str, train: datasets.Dataset, left_out: set[str]) -> str:
-    names = [name for name in train.column_names if name not in left_out]
-    if encoding == "pictures" and "image" in names:
-        return "image"
-    for usual in ("sequence", "smiles", "text"):
-        if usual in names:
-            return usual
-    if len(names) != 1:
-        raise DataError(f"inputs: got none, allowed is one of the columns {', '.join(names)}")
-    return names[0]
-
-
 def _config(
     options: TrainOptions,
-    inputs: ByteSequences | TableColumns | Pictures,
+    inputs: Inputs,
     changes: Mapping[str, Any] | None = None,
 ) -> SMAConfig:
     sizes: dict[str, Any] = {}
@@ -346,36 +201,6 @@ def _config(
             f"{inputs.max_length}, the tokens of a row: leave it to the data"
         )
     return config
-
-
-def _fit_labels(
-    task: str, train: datasets.Dataset, labels: tuple[str, ...]
-) -> ClassLabels | MultiLabels | Targets:
-    if task == "classification":
-        return ClassLabels.fit(train, labels[0])
-    return (MultiLabels if task == "multilabel" else Targets).fit(train, list(labels))
-
-
-def _drawn_rows(
-    train: datasets.Dataset, options: TrainOptions, data: DataOptions
-) -> datasets.Dataset:
-    if options.limit_train is None:
-        return train
-    if options.limit_train > len(train):
-        raise RunError(
-            f"limit_train: got {options.limit_train}, allowed is at most {len(train)}, the rows "
-            "of the train part"
-        )
-    drawn = np.random.default_rng(data.split_seed).permutation(len(train))[: options.limit_train]
-    return select(train, np.sort(drawn))  # files may be sorted by label
-
-
-def _examples(parts: Mapping[str, datasets.Dataset], encodings: Encodings) -> dict[str, Examples]:
-    both = [encodings.inputs] + ([] if encodings.labels is None else [encodings.labels])
-    examples = {part: Examples(rows, *both) for part, rows in parts.items()}
-    for part in examples.values():
-        part.check()  # a bad row is found now, not hours later
-    return examples
 
 
 def _starting_point(options: TrainOptions, data: DataOptions, what: str) -> Path | None:
@@ -480,6 +305,9 @@ def _trainer(
     in_epoch = len(examples["train"]) // schedule.batch_size
     steps = options.steps or max(1, round(schedule.epochs * in_epoch))
     saving = min(options.save_steps or max(1, steps // 10), steps)
+    warmup = schedule.warmup_steps
+    if options.warmup_steps is None:
+        warmup = min(warmup, steps // 5)  # the preset's is for longer runs
     validated = "valid" in examples
     settings = {
         "max_steps": steps,
@@ -488,7 +316,7 @@ def _trainer(
         "gradient_accumulation_steps": options.accumulate,
         "learning_rate": schedule.learning_rate,
         "weight_decay": schedule.weight_decay,
-        "warmup_steps": options.warmup_steps or min(schedule.warmup_steps, steps // 5),
+        "warmup_steps": warmup,
         "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(
             schedule.scheduler, schedule.scheduler
         ),

@@ -4,7 +4,6 @@ Each row goes through the model alone, so that what is hidden of it depends on t
 and not on the rows beside it.
 """
 
-import dataclasses
 import io
 import os
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ from sma_fast.training.checkpoints import CheckpointError
 from sma_fast.training.data import ByteSequences, DataError, Examples, Pictures, TableColumns
 from sma_fast.training.data.rows import Rows, arrow
 from sma_fast.training.data.sequences import SPECIAL
+from sma_fast.training.inputs import Encodings, known_inputs, rows_to_read
 from sma_fast.training.options import DataOptions
-from sma_fast.training.run import Encodings, load_model, open_parts
+from sma_fast.training.run import load_model
 from sma_fast.training.show_plots import PictureRow, Row, TableRow, TextRow
 
 MOST = 24  # rows of a figure
@@ -41,7 +41,7 @@ def show(
 
     Args:
         folder: that `pretrain` wrote, or one of its checkpoints.
-        data: of which `source` is read whole, whatever its splits; with `split_column`, its test
+        data: of which `source` is read whole; with `split_column` or a `test` source, the test
             part.
         out: the PNG.
         rows: how many to draw at random, in [1, 24].
@@ -90,9 +90,8 @@ def prepare(
             "pretrain that it was trained from"
         )
     model = load_model(folder, SMAForPretraining).eval()
-    inputs = _inputs(encodings.inputs, data)
-    parts = open_parts(dataclasses.replace(data, validation_share=0.0, test_share=0.0))
-    dataset = parts.get("test", parts["train"])
+    inputs = known_inputs(encodings.inputs, data, called="input")
+    dataset = rows_to_read(data)
     numbers = _numbers(len(dataset), rows, chosen, seed)
     examples, table = Examples(dataset, inputs), arrow(dataset, inputs.columns)
     masking = model.config.masking
@@ -222,26 +221,6 @@ def _place(rows: Rows, inputs: ByteSequences | TableColumns | Pictures) -> str:
 def _path(rows: Rows, inputs: Pictures) -> str | None:
     cell = rows.column(inputs.column)[0].as_py()
     return cell.get("path") or "" if isinstance(cell, dict) else None
-
-
-def _inputs(
-    known: ByteSequences | TableColumns | Pictures, data: DataOptions
-) -> ByteSequences | TableColumns | Pictures:
-    # the checkpoint's encoding, of the column that was asked for
-    if isinstance(known, TableColumns):
-        if data.inputs and list(data.inputs) != known.columns:
-            raise ValueError(
-                f"input: got {', '.join(data.inputs)}, allowed is {', '.join(known.columns)}, what "
-                "the model was pretrained on, or nothing"
-            )
-        return known
-    if data.inputs and len(data.inputs) != 1:
-        raise ValueError(f"input: got {len(data.inputs)} columns, allowed is 1")
-    column = data.inputs[0] if data.inputs else known.column
-    if isinstance(known, ByteSequences):
-        return ByteSequences(column, known.max_length, data.too_long, known.alphabet)
-    resize = data.resize or known.resize
-    return Pictures(column, known.size, known.channels, resize, known.mean, known.std)
 
 
 def _numbers(total: int, rows: int, chosen: Sequence[int] | None, seed: int) -> list[int]:

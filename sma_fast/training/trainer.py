@@ -176,6 +176,13 @@ class SMATrainer(Trainer):
         torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
         return super().training_step(*arguments, **named)
 
+    def _track_num_input_tokens(self, inputs: dict) -> None:
+        # a token of several channels is one token, which the Trainer does not know
+        valid = inputs.get("attention_mask")
+        tokens = inputs["inputs"].shape[:2].numel() if valid is None else int(valid.sum())
+        number = torch.tensor(tokens, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(number).sum())
+
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object
     ) -> object:
@@ -315,7 +322,7 @@ def training_arguments(out: Path, **settings: object) -> TrainingArguments:
         "optim": "adamw_torch_fused",
         "logging_nan_inf_filter": False,
         "log_level": "error",
-        "save_total_limit": None,  # KeepWhole removes old ones
+        "save_total_limit": None,  # checkpoints.remove_old removes them
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from sma_fast.training.data.errors import DataError
 from sma_fast.training.data.rows import Rows
 
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
 _LISTS = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
 
 
@@ -62,16 +63,15 @@ def _cast(rows: Rows, name: str, array: pa.Array, width: int | None) -> np.ndarr
             array = pc.cast(array, pa.float64())
         except pa.ArrowInvalid:
             array = pa.array([_number(text) for text in array.to_pylist()], pa.float64())
-    elif not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
-        try:
-            array = pc.cast(pc.cast(array, pa.int64()), pa.float64())  # booleans
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(
-                f"{rows.source() or 'batch'}: got column {name!r} of {array.type}, allowed are "
-                "numbers; choose other columns"
-            ) from error
-    else:
+    elif pa.types.is_boolean(array.type):
+        array = pc.cast(pc.cast(array, pa.int64()), pa.float64())
+    elif any(test(array.type) for test in _NUMBERS):
         array = pc.cast(array, pa.float64(), safe=False)
+    else:  # dates, for instance, which Arrow would count from 1970
+        raise DataError(
+            f"{rows.source() or 'batch'}: got column {name!r} of {array.type}, allowed are "
+            "numbers; choose other columns"
+        )
     return array.to_numpy(zero_copy_only=False)
 
 

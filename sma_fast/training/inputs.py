@@ -1,0 +1,248 @@
+"""From the options of a run to encoded rows: parts, encodings, what checkpoints keep of them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from sma_fast.training.checkpoints import CheckpointError
+from sma_fast.training.data import (
+    ByColumn,
+    ByIndex,
+    ByteSequences,
+    ClassLabels,
+    DataError,
+    Examples,
+    MultiLabels,
+    Pictures,
+    TableColumns,
+    Targets,
+    from_state,
+    load_splits,
+)
+from sma_fast.training.data.load import load, select
+from sma_fast.training.data.rows import FILE, LINE
+from sma_fast.training.options import DataOptions, TrainOptions
+
+Inputs = ByteSequences | TableColumns | Pictures
+Labels = ClassLabels | MultiLabels | Targets
+ENCODINGS = {"bytes": ByteSequences, "table": TableColumns, "pictures": Pictures}
+_DATA = "data.json"
+
+
+class RunError(ValueError):
+    """Raised where a run cannot start or go on; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encodings:
+    """How rows become inputs and labels; a checkpoint keeps it."""
+
+    inputs: Inputs
+    labels: Labels | None = None
+
+    def save(self, folder: Path) -> None:
+        """Writes data.json into `folder`."""
+        state = {"inputs": self.inputs.state()}
+        if self.labels is not None:
+            state["labels"] = self.labels.state()
+        (folder / _DATA).write_text(json.dumps(state, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Encodings":
+        """Returns what `save` wrote.
+
+        Raises:
+            CheckpointError: where data.json is missing or damaged.
+        """
+        file = folder / _DATA
+        try:
+            state = json.loads(file.read_text())
+            labels = from_state(state["labels"]) if "labels" in state else None
+            return cls(from_state(state["inputs"]), labels)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{file}: is missing: name a folder that sma-fast wrote"
+            ) from None
+        except (DataError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file}: is damaged: {error}: take another checkpoint") from None
+
+
+def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, datasets.Dataset]:
+    """Returns the rows by part: "train", and perhaps "valid" and "test".
+
+    Raises:
+        DataError: as `load` and the split.
+    """
+    named = {
+        "format": data.format,
+        "columns": data.columns,
+        "inputs": data.inputs,
+        "labels": labels or None,
+        "min_length": data.min_length,
+        "max_length": data.max_length,
+        "cache": data.cache,
+    }
+    source = data.source if len(data.source) > 1 else data.source[0]
+    if data.split_column:
+        parts = _by_column(load(source, **named), data)
+    elif data.validation or data.test:
+        own = {"valid": data.validation, "test": data.test}
+        own = {part: path for part, path in own.items() if path is not None}
+        parts = load_splits({"train": source, **own}, **named)
+    else:
+        sizes = {"test": data.test_share or 0.0, "valid": data.share_to_validate}
+        sizes = {part: share for part, share in sizes.items() if share > 0}
+        return load_splits(source, ByIndex({**sizes, "train": None}, data.split_seed), **named)
+    if "valid" not in parts and "train" in parts and data.share_to_validate > 0:
+        cut = ByIndex({"valid": data.share_to_validate, "train": None}, data.split_seed)
+        parts |= cut.apply(parts["train"])
+    return parts
+
+
+def _by_column(rows: datasets.Dataset, data: DataOptions) -> dict[str, datasets.Dataset]:
+    if data.split_column not in rows.column_names:
+        return ByColumn(data.split_column).apply(rows)  # says which columns there are
+    named = {"train": ["train"], "valid": ["valid", "validation", "val"], "test": ["test"]}
+    if data.parts:
+        named |= {part: [value] for part, value in data.parts.items()}
+        return ByColumn(data.split_column, {p: v for p, v in named.items() if v}).apply(rows)
+    there = set(rows.unique(data.split_column))
+    named = {part: [v for v in values if v in there] for part, values in named.items()}
+    named = {part: values for part, values in named.items() if values}
+    return ByColumn(data.split_column, named or None).apply(rows)
+
+
+def fit_inputs(
+    encoding: str,
+    train: datasets.Dataset,
+    data: DataOptions,
+    options: TrainOptions,
+    labels: tuple[str, ...] = (),
+) -> Inputs:
+    """Returns the encoding of inputs, with mean and standard deviation of the train part."""
+    left_out = {*labels, FILE, LINE, *(data.exclude or ())}
+    left_out |= {data.split_column} if data.split_column else set()
+    both = sorted(set(data.inputs or ()) & set(labels))
+    if both:
+        raise RunError(f"labels: got {', '.join(both)}, which --input names as an input too")
+    if encoding == "table":
+        return TableColumns.fit(train, data.inputs, sorted(left_out))
+    column = one_column(data) or _only_column(encoding, train, left_out)
+    if encoding == "bytes":
+        longest = options.config().max_position_embeddings
+        return ByteSequences(column, longest, data.too_long, data.alphabet)
+    channels = options.config().input_channels
+    return Pictures.fit(train, column, size=data.size, channels=channels, resize=data.resize)
+
+
+def known_inputs(known: Inputs, data: DataOptions, called: str = "inputs") -> Inputs:
+    """Returns the encoding of a checkpoint for rows that may name the column otherwise.
+
+    Args:
+        known: the encoding.
+        data: where the rows are.
+        called: what messages call `data.inputs`.
+
+    Raises:
+        RunError: where a table's columns are not those that the checkpoint was trained on.
+    """
+    if isinstance(known, TableColumns):
+        if data.resize or data.size:
+            raise RunError("resize, size: allowed is neither beside a checkpoint of a table")
+        if data.inputs and list(data.inputs) != list(known.columns):
+            raise RunError(
+                f"{called}: got {', '.join(data.inputs)}, allowed is {', '.join(known.columns)}, "
+                "what the checkpoint was trained on"
+            )
+        return known
+    column = one_column(data, called) or known.column
+    if isinstance(known, ByteSequences):
+        alphabet = data.alphabet or known.alphabet
+        return ByteSequences(column, known.max_length, data.too_long, alphabet)
+    if data.size:
+        raise RunError(
+            f"size: allowed is None beside a checkpoint, whose pictures are {known.size}"
+        )
+    resize = data.resize or known.resize
+    return Pictures(column, known.size, known.channels, resize, known.mean, known.std)
+
+
+def one_column(data: DataOptions, called: str = "inputs") -> str | None:
+    """Returns the column that sequences or pictures stand in, None where none was named."""
+    if data.inputs and len(data.inputs) != 1:
+        raise RunError(
+            f"{called}: got {len(data.inputs)} columns, allowed is 1 but for tables: name one"
+        )
+    return data.inputs[0] if data.inputs else None
+
+
+def rows_to_read(data: DataOptions) -> datasets.Dataset:
+    """Returns all rows of a source; with `split_column` or a test source, those of the test part.
+
+    Raises:
+        RunError: where `split_column` names no row of a test part.
+        DataError: as `open_parts`.
+    """
+    parts = open_parts(dataclasses.replace(data, validation_share=0.0, test_share=0.0))
+    if data.split_column and "test" not in parts:
+        raise RunError(
+            f"split_column: got {data.split_column!r}, which has no test part ("
+            f"{', '.join(parts)}): leave it out to read all rows, or name the part with "
+            "--parts test=VALUE"
+        )
+    return parts["test"] if "test" in parts else parts["train"]
+
+
+def _only_column(encoding: str, train: datasets.Dataset, left_out: set[str]) -> str:
+    names = [name for name in train.column_names if name not in left_out]
+    if encoding == "pictures" and "image" in names:
+        return "image"
+    for usual in ("sequence", "smiles", "text"):
+        if usual in names:
+            return usual
+    if len(names) != 1:
+        raise DataError(f"inputs: got none, allowed is one of the columns {', '.join(names)}")
+    return names[0]
+
+
+def fit_labels(task: str, train: datasets.Dataset, labels: tuple[str, ...]) -> Labels:
+    """Returns the encoding of labels, with classes, or mean and deviation, of the train part."""
+    if task == "classification":
+        return ClassLabels.fit(train, labels[0])
+    return (MultiLabels if task == "multilabel" else Targets).fit(train, list(labels))
+
+
+def drawn_rows(
+    train: datasets.Dataset, options: TrainOptions, data: DataOptions
+) -> datasets.Dataset:
+    """Returns `limit_train` rows of the train part, drawn by `split_seed`, in their order.
+
+    Raises:
+        RunError: where there are fewer.
+    """
+    if options.limit_train is None:
+        return train
+    if options.limit_train > len(train):
+        raise RunError(
+            f"limit_train: got {options.limit_train}, allowed is at most {len(train)}, the rows "
+            "of the train part"
+        )
+    drawn = np.random.default_rng(data.split_seed).permutation(len(train))[: options.limit_train]
+    return select(train, np.sort(drawn))  # files may be sorted by label
+
+
+def encoded(parts: Mapping[str, datasets.Dataset], encodings: Encodings) -> dict[str, Examples]:
+    """Returns the parts as encoded samples, each encoded once now: a bad row is found before hours.
+
+    Raises:
+        DataError: naming the row.
+    """
+    both = [encodings.inputs] + ([] if encodings.labels is None else [encodings.labels])
+    examples = {part: Examples(rows, *both) for part, rows in parts.items()}
+    for part in examples.values():
+        part.check()
+    return examples
