@@ -4,7 +4,6 @@ Letters in the shapes: B batch, N tokens, V visible, K masked, H heads, M querie
 R selected queries, D head width, C token width.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from sma_fast import (
     _check,
     _dispatch,  # noqa: F401  (registers the implementations)
+    _draws,
 )
 
 _ops = torch.ops.sma_fast
@@ -346,7 +346,7 @@ def draw_queries(
         width = max(num_queries, min(1, num_candidates))
     else:
         width = num_candidates
-    noise = _rand(batch, num_candidates, generator, device)
+    noise = _draws.rand((batch, num_candidates), generator, device)
     if rows is not None:
         _check.device("num_queries", rows, noise)
     return _ops.draw_queries(noise, width, rows, padding_mask)
@@ -459,10 +459,10 @@ def self_guided_masking(
     if query_index is None:
         if query_padding_mask is None and mask_queries:
             query_padding_mask = key_padding_mask
-        drawn = _rand(batch, queries, generator, key.device)
+        drawn = _draws.rand((batch, queries), generator, key.device)
         query_index = _ops.draw_queries.default(drawn, selected, rows, query_padding_mask)
     if head_reduce == "random":
-        head_index = _randint(heads, query_index.shape, generator, key.device)
+        head_index = _draws.randint(heads, query_index.shape, generator, key.device)
         head_reduce = "mean"
     noise = _noise(None, generator, random_fraction, pool_ratio, mask_ratio, key, batch, count)
     arguments = (
@@ -529,7 +529,7 @@ def random_masking(
     _check.generator(generator)
     batch, count = tokens.shape[:2]
     if noise is None:
-        noise = _rand(batch, count, generator, tokens.device)
+        noise = _draws.rand((batch, count), generator, tokens.device)
     else:
         _check.noise(noise, batch, count, tokens)
     return _ops.random_masking(tokens, noise, mask_ratio)
@@ -553,21 +553,5 @@ def _noise(
     if noise is not None:
         _check.noise(noise, batch, tokens, like)
     elif random_fraction > 0 or pool_ratio is not None:
-        noise = _rand(batch, tokens, generator, like.device)
+        noise = _draws.rand((batch, tokens), generator, like.device)
     return noise
-
-
-def _rand(
-    batch: int, width: int, generator: torch.Generator | None, device: torch.device | None
-) -> Tensor:
-    if generator is None:  # the overload that takes one refuses symbolic sizes
-        return torch.rand(batch, width, dtype=torch.float32, device=device)
-    return torch.rand((batch, width), generator=generator, dtype=torch.float32, device=device)
-
-
-def _randint(
-    high: int, shape: Sequence[int], generator: torch.Generator | None, device: torch.device
-) -> Tensor:
-    if generator is None:
-        return torch.randint(high, shape, device=device)
-    return torch.randint(high, shape, generator=generator, device=device)

@@ -13,6 +13,7 @@ import runs
 import torch
 from runs import PHYSICS, PROTEIN, TINY, Run, assert_same_weights, difference
 
+from sma_fast import _draws
 from sma_fast.masking.sma import SMAMasking
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +140,21 @@ def test_killed_before_its_first_checkpoint(place: Path, pretrained: Path, tmp_p
 
 # ---- several processes, and batches --------------------------------------------------------------
 
-ALL_DRAWN = ("--set-mask", "num_queries=4", "head_reduce=mean", "select_initial_ratio=null")
+CUT = {  # arguments of runs whose steps are cut into batches in several ways
+    "annealed table": lambda place, out, *more: pretrain(
+        *(place, out, *steps(14, 7), "--set", "hidden_dropout_prob=0", *TINY[1:]),
+        *("--set-mask", "schedule_length_ratio=1.0", *more),
+    ),
+    "ragged proteins": lambda place, out, *more: protein(
+        "pretrain", place, out, *steps(14, 7), *more
+    ),
+    "ragged, random": lambda place, out, *more: protein(
+        *("pretrain", place, out, *steps(14, 7), "--mask", "random", *more)
+    ),
+    "labels": lambda place, out, *more: finetune(
+        *(place, out, *steps(14, 7), "--set", "hidden_dropout_prob=0", *TINY[1:], *more)
+    ),
+}
 
 
 def torchrun(processes: int, arguments: list[object]) -> runs.Ended:
@@ -153,14 +168,22 @@ def torchrun(processes: int, arguments: list[object]) -> runs.Ended:
     return runs.Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
-def test_two_processes_are_one_with_the_doubled_batch(place: Path, tmp_path: Path) -> None:
-    """To rounding: all draws but masks' are the same, and here every token is drawn."""
-    arguments = *steps(14, 7), *ALL_DRAWN, "--learning-rate", "0.003"
-    one = Run(pretrain(place, tmp_path / "one", *arguments), tmp_path).end().results
-    two = torchrun(2, pretrain(place, tmp_path / "two", *arguments)).results
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert_close(one["validation"], two["validation"])
-    assert difference(tmp_path / "one", tmp_path / "two") < 1e-3
+def assert_same_training(one: Path, other: Path) -> None:
+    """Losses, validation included, and weights agree to rounding."""
+    first, second = (json.loads((path / "results.json").read_text()) for path in (one, other))
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert_close(first["validation"], second["validation"])
+    assert difference(one, other) < 1e-3
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_two_processes_are_one_with_the_doubled_batch(
+    case: str, place: Path, tmp_path: Path
+) -> None:
+    assert Run(CUT[case](place, tmp_path / "one"), tmp_path).end().code == 0
+    ended = torchrun(2, CUT[case](place, tmp_path / "two"))
+    assert ended.code == 0, ended.err
+    assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 def pair(
@@ -192,14 +215,12 @@ def test_two_processes_are_two_accumulated_batches(place: Path, tmp_path: Path) 
     assert abs(other["loss"] - one["loss"]) > 1e-3
 
 
-def test_accumulated_batches_are_the_large_one(place: Path, tmp_path: Path) -> None:
-    results = []
+@pytest.mark.parametrize("case", CUT)
+def test_accumulated_batches_are_the_large_one(case: str, place: Path, tmp_path: Path) -> None:
     for name, accumulate in (("large", "1"), ("small", "4")):
-        arguments = *steps(16, 8), *ALL_DRAWN, "--accumulate", accumulate
-        results.append(Run(pretrain(place, tmp_path / name, *arguments), tmp_path).end().results)
-    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
-    assert_close(results[0]["validation"], results[1]["validation"])
-    assert difference(tmp_path / "large", tmp_path / "small") < 1e-3
+        run = CUT[case](place, tmp_path / name, "--accumulate", accumulate)
+        assert Run(run, tmp_path).end().code == 0
+    assert_same_training(tmp_path / "large", tmp_path / "small")
 
 
 def assert_close(one: list[dict], other: list[dict]) -> None:
@@ -240,7 +261,7 @@ def test_options(more: list[str], place: Path, pretrained: Path, tmp_path: Path)
 
 def test_compiled(place: Path, pretrained: Path, tmp_path: Path) -> None:
     """Up to inductor, which takes minutes: the same losses, the same names of weights."""
-    more = *steps(12), "--set-mask", "select_initial_ratio=null", *ALL_DRAWN[1:3]
+    more = *steps(12), "--set-mask", "select_initial_ratio=null", "--accumulate", "2"
     results = []
     for name, flags in (("plain", ()), ("fast", ("--compile",))):
         environment = {"COMPILE_BACKEND": "eager"} if flags else {}
@@ -275,9 +296,10 @@ def test_annealing_is_compiled_once_a_stage() -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for value in progress:
+    for step, value in enumerate(progress):
         model.progress = value
-        compiled(torch.randn(2, 24, 1)).loss.backward()
+        with _draws.by_row(torch.arange(2) + step):
+            compiled(torch.randn(2, 24, 1)).loss.backward()
     assert counter.frame_count <= 1 + STAGES
     never = SMAMasking()
     assert {stage(step / 50, never) for step in range(50)} == {1.0}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sma_fast import _check, ops
+from sma_fast import _check, _draws, ops
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,17 @@ class SMAMasking:
             )
         return wanted
 
+    def count_masked(self, valid: Tensor) -> Tensor:
+        """Returns how many tokens of each row are masked.
+
+        Args:
+            valid: (B,) integers, the number of valid tokens of each row.
+
+        Returns:
+            (B,) int64.
+        """
+        return (valid.double() * self.mask_ratio).round().long()
+
     def guided(
         self,
         query: Tensor,
@@ -178,9 +189,7 @@ class SMAMasking:
         place = torch.arange(drawn.shape[1], device=drawn.device)
         head_index = None
         if self.head_reduce == "random":
-            head_index = torch.randint(
-                query.shape[1], drawn.shape, device=drawn.device, **_given(generator)
-            )
+            head_index = _draws.randint(query.shape[1], drawn.shape, generator, drawn.device)
         scores = ops.attention_scores(
             query,
             key,
@@ -305,7 +314,7 @@ class SMAMasking:
             TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
         _check.generator(generator)
-        noise = torch.rand(tokens.shape[:2], device=tokens.device, **_given(generator))
+        noise = _draws.rand(tokens.shape[:2], generator, tokens.device)
         return ops.select_tokens(
             noise, mask_ratio=self.mask_ratio, key_padding_mask=key_padding_mask
         )
@@ -328,7 +337,3 @@ def given_selection(mask: Tensor, key_padding_mask: Tensor | None = None) -> ops
     return ops.select_tokens(
         mask.float(), num_masked=mask.sum(dim=1), key_padding_mask=key_padding_mask
     )
-
-
-def _given(generator: torch.Generator | None) -> dict[str, torch.Generator]:
-    return {} if generator is None else {"generator": generator}  # torch.compile takes no None

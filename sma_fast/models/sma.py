@@ -365,6 +365,20 @@ class SMAForPretraining(_SMAModel):
             loss, encoding.last_hidden_state, encoding.selection.mask, ids, logits, encoding.scores
         )
 
+    def num_targets(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Returns how many tokens of a batch the loss is a mean over, where no mask is given.
+
+        Args:
+            inputs: (B, N) token ids, or (B, N, channels) values.
+            attention_mask: (B, N), 1 = valid, 0 = padding.
+
+        Returns:
+            Scalar int64.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs.shape[:2], device=inputs.device)
+        return self.config.masking.count_masked(attention_mask.sum(dim=1)).sum()
+
     def _loss(self, logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         total = counted.sum().clamp(min=1)
         if self.config.input_type == "discrete":
@@ -434,6 +448,21 @@ class SMAForPrediction(_SMAModel):
         logits = self.decoder(encoding)
         loss = None if labels is None else self._loss(logits.float(), labels)
         return SMAPrediction(loss, logits, encoding.last_hidden_state)
+
+    def num_targets(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Returns how many known labels of a batch the loss is a mean over.
+
+        Args:
+            inputs, attention_mask, labels: as in `forward`.
+
+        Returns:
+            Scalar int64.
+        """
+        if self.config.problem_type == "single_label_classification":
+            return (labels != _NO_TARGET).sum()
+        return (~labels.isnan()).sum()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         kind = self.config.problem_type

@@ -1,11 +1,14 @@
-"""transformers.Trainer with what SMA adds: progress of annealing, draws that depend on seed and
-step alone, equal masks in validation, and checkpoints that are either whole or passed over."""
+"""transformers.Trainer with what SMA adds.
+
+Progress of annealing; draws and losses that do not depend on how a step is cut into batches; equal
+masks in validation; checkpoints that are either whole or passed over.
+"""
 
 import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +30,10 @@ from transformers.integrations import TensorBoardCallback  # noqa: E402
 from transformers.trainer_utils import EvalLoopOutput  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from sma_fast import _draws  # noqa: E402
 from sma_fast.masking.sma import SMAMasking  # noqa: E402
 from sma_fast.training import checkpoints  # noqa: E402
+from sma_fast.training.data import pad_batch  # noqa: E402
 
 WEIGHTS = "model.safetensors"
 EVALUATION_SEED = 0  # of the masks that a validation loss is taken over
@@ -114,7 +119,12 @@ def stage(progress: float, masking: SMAMasking) -> float:
 
 
 class SMATrainer(Trainer):
-    """Trains a model whose output has `.loss`, and for labelled data `.logits`.
+    """Trains a model with `num_targets`, whose output has `.loss`, and for labels `.logits`.
+
+    A step means the same in one batch, in several accumulated ones and in several processes: each
+    row draws its masks from the seed, the step and its place in the step; all rows are padded
+    alike; the loss is a mean over all masked tokens, or known labels, of the step. Only dropout
+    differs, whose seed belongs to a batch.
 
     Args:
         save_beside: called with the folder of each checkpoint, to put more files there.
@@ -138,7 +148,11 @@ class SMATrainer(Trainer):
         if self.args.should_save and not self.args.disable_tqdm:
             self.add_callback(LossBar(title))
         self.add_callback(Annealing(self.model, staged=self.args.torch_compile))
+        self._num_targets = self.model.num_targets
+        self._in_step: torch.Tensor | None = None  # targets of all batches; None with one batch
         self._batch = (-1, 0)  # step, and batches of it that were seen
+        self._rows_evaluated = 0  # by all processes, in this evaluation
+        self._sums = torch.zeros(2, dtype=torch.float64)  # of losses and of targets in it
 
     def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None):
         # whole steps only, so that an epoch does not depend on how a step is cut into batches
@@ -165,16 +179,42 @@ class SMATrainer(Trainer):
                     bar.close()  # a message begins on a line of its own
             raise
 
-    def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
-        # masks and dropout depend on the seed, the step, and which of the step's batches this is:
-        # the same in a resumed run, and for two processes or two accumulated batches
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict], None]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._in_step = None
+        if len(batches) > 1 or self.args.world_size > 1:
+            batches = self._padded_alike(batches)
+            targets = sum(self._num_targets(**batch) for batch in batches)
+            self._in_step = self.accelerator.gather(targets.reshape(1)).sum()
+        return batches, None
+
+    def _get_num_items_in_batch(self, *_: object) -> None:
+        return None  # counted above
+
+    def training_step(self, model: nn.Module, inputs: dict, *arguments: object) -> torch.Tensor:
         step = self.state.global_step
         number = self._batch[1] if self._batch[0] == step else 0
         self._batch = (step, number + 1)
         place = number * self.args.world_size + self.args.process_index
-        words = np.random.SeedSequence([self.args.seed, step, place]).generate_state(2)
-        torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
-        return super().training_step(*arguments, **named)
+        # of dropout: the same in a resumed run, and for two processes or two accumulated batches
+        torch.manual_seed(_seed(self.args.seed, step, place))
+        rows = len(inputs["inputs"])
+        with self._draws_of(_seed(self.args.seed, step), place * rows, rows):
+            return super().training_step(model, inputs, *arguments)
+
+    def _draws_of(self, seed: int, first: int, rows: int) -> contextlib.AbstractContextManager:
+        return _draws.by_row(torch.arange(first, first + rows, device=self.args.device) + seed)
+
+    def _padded_alike(self, batches: list[dict]) -> list[dict]:
+        # to the longest row of all, in all processes: published masking draws in proportion to it
+        if batches[0]["inputs"].is_floating_point():
+            return batches  # rows of a table and pictures have one length
+        lengths = [batch["inputs"].shape[1] for batch in batches]
+        own = torch.tensor([max(lengths)], device=self.args.device)
+        longest = int(self.accelerator.gather(own).max())
+        return [pad_batch(batch, longest) for batch in batches]
 
     def _track_num_input_tokens(self, inputs: dict) -> None:
         # a token of several channels is one token, which the Trainer does not know
@@ -187,7 +227,12 @@ class SMATrainer(Trainer):
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object
     ) -> object:
         output = model(**inputs)
-        return (output.loss, output) if return_outputs else output.loss
+        loss = output.loss
+        if self._in_step is not None:
+            # the Trainer divides by the number of batches and takes the mean over processes
+            batches = self.current_gradient_accumulation_steps * self.args.world_size
+            loss = loss * (self._num_targets(**inputs) * batches / self._in_step.clamp(min=1))
+        return (loss, output) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -196,23 +241,39 @@ class SMATrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple:
-        inputs = self._prepare_inputs(inputs)
-        rows = len(inputs["inputs"])
-        with torch.no_grad(), self.compute_loss_context_manager():
-            output = model(**inputs)
-            loss, counted = output.loss, self._counted(rows)
-            if 0 < counted < rows:
-                loss = model(**{name: value[:counted] for name, value in inputs.items()}).loss
-        if prediction_loss_only or "labels" not in inputs:
-            return loss, None, None
-        return loss, output.logits.float(), inputs["labels"]
+        (inputs,) = self._padded_alike([self._prepare_inputs(inputs)])
+        labels, rows = inputs.get("labels"), len(inputs["inputs"])
+        inputs = self._without_fillers(inputs)
+        first = self._rows_evaluated + self.args.process_index * rows
+        self._rows_evaluated += self.args.world_size * rows
+        seed = _seed(EVALUATION_SEED)
+        with torch.no_grad(), self._draws_of(seed, first, rows):
+            with self.compute_loss_context_manager():
+                output = model(**inputs)
+        targets = self._num_targets(**inputs)
+        loss = output.loss.detach().double()
+        loss = torch.where(targets > 0, loss * targets, 0.0)
+        self._sums = self._sums.to(loss.device) + torch.stack([loss, targets])
+        if prediction_loss_only or labels is None:
+            return output.loss, None, None
+        return output.loss, output.logits.float(), labels
 
-    def _counted(self, rows: int) -> int:
-        # how many of a batch's rows count: several processes fill up the last one with other rows
-        state = self.accelerator.gradient_state
+    def _without_fillers(self, inputs: dict) -> dict:
+        # several processes fill up the last batch with rows of the first, which must not count
+        state, rows = self.accelerator.gradient_state, len(inputs["inputs"])
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
-            return rows
-        return min(max(state.remainder - self.args.process_index * rows, 0), rows)
+            return inputs
+        counted = state.remainder - self.args.process_index * rows
+        filler = torch.arange(rows, device=self.args.device) >= counted
+        if "labels" in inputs:
+            unknown = math.nan if inputs["labels"].is_floating_point() else -100
+            labels = inputs["labels"].clone()
+            labels[filler] = unknown
+            return {**inputs, "labels": labels}
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(inputs["inputs"].shape[:2], dtype=torch.long, device=filler.device)
+        return {**inputs, "attention_mask": mask * ~filler.unsqueeze(1)}
 
     def evaluation_loop(self, *arguments: object, **named: object) -> EvalLoopOutput:
         # the same masks each time, so that losses compare; training's draws go on as if nothing was
@@ -220,13 +281,20 @@ class SMATrainer(Trainer):
         progress, devices = getattr(model, "progress", 1.0), []
         if torch.cuda.is_available():
             devices = [torch.cuda.current_device()]
+        self._rows_evaluated = 0
+        self._sums.zero_()
         with torch.random.fork_rng(devices):
             torch.manual_seed(EVALUATION_SEED)
             model.progress = 1.0
             try:
-                return super().evaluation_loop(*arguments, **named)
+                result = super().evaluation_loop(*arguments, **named)
             finally:
                 model.progress = progress
+        total, targets = self.accelerator.gather(self._sums.unsqueeze(0)).sum(dim=0).tolist()
+        for name in result.metrics:
+            if name.endswith("_loss") and targets:
+                result.metrics[name] = total / targets  # not a mean of batches' means
+        return result
 
     def is_over(self, folder: Path) -> bool:
         """Returns whether a checkpoint is of a run's last step; then its result is taken over.
@@ -284,6 +352,12 @@ class SMATrainer(Trainer):
             super()._load_best_model()
         else:
             load_weights(self.model, best)
+
+
+def _seed(*words: int) -> int:
+    # an int64 from a few numbers, far from those of other words
+    state = np.random.SeedSequence(words).generate_state(2)
+    return int(state[0]) << 31 ^ int(state[1])
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 require("datasets", "PIL")
 
 from sma_fast.training.data.errors import DataError  # noqa: E402
-from sma_fast.training.data.examples import Collator, Examples  # noqa: E402
+from sma_fast.training.data.examples import Collator, Examples, pad_batch  # noqa: E402
 from sma_fast.training.data.labels import ClassLabels, MultiLabels, Targets  # noqa: E402
 from sma_fast.training.data.load import FORMATS, load  # noqa: E402
 from sma_fast.training.data.pictures import Pictures  # noqa: E402
@@ -41,4 +41,5 @@ __all__ = [
     "from_state",
     "load",
     "load_splits",
+    "pad_batch",
 ]

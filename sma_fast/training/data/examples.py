@@ -117,3 +117,24 @@ class Collator:
             labels = np.stack([np.asarray(sample["labels"]) for sample in samples])
             batch["labels"] = torch.from_numpy(labels)
         return batch
+
+
+def pad_batch(batch: Mapping[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Returns a batch of token ids whose rows are `length` long, padded on the right with 0.
+
+    Args:
+        batch: what `Collator` returns, of rows that are not longer.
+        length: N.
+    """
+    missing = length - batch["inputs"].shape[1]
+    if not missing:
+        return dict(batch)
+    valid = batch.get("attention_mask")
+    if valid is None:
+        valid = torch.ones_like(batch["inputs"])
+    pad = torch.nn.functional.pad
+    return {
+        **batch,
+        "inputs": pad(batch["inputs"], (0, missing)),
+        "attention_mask": pad(valid, (0, missing)),
+    }
