@@ -88,7 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _data_arguments(finetune)
     _train_arguments(finetune)
     finetune.add_argument(
-        "--from", dest="pretrained", type=Path, metavar="DIR", help="a folder of sma-fast pretrain"
+        "--from",
+        dest="pretrained",
+        type=Path,
+        metavar="DIR",
+        help="a folder of sma-fast pretrain, or of save_pretrained",
     )
     finetune.add_argument(
         "--label", nargs="+", required=True, metavar="COLUMN", help="columns to predict"
@@ -213,11 +217,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     train.add_argument(
         "--preset",
-        default="language",
-        help="protein, molecule, physics, language or image (default: %(default)s)",
+        help="protein, molecule, physics, language or image (default: that of --from, or language)",
     )
     train.add_argument(
-        "--scale", default="full", help="full, or small for two cores (default: %(default)s)"
+        "--scale", help="full, or small for two cores (default: that of --from, or full)"
     )
     train.add_argument(
         "--set",
@@ -292,6 +295,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
     from sma_fast.training import run
     from sma_fast.training.options import DataOptions, TrainOptions
+    from sma_fast.training.pretrained import preset_of
 
     given: dict[str, Any] = vars(options)
     for name in ("parts", "model", "masking"):
@@ -303,6 +307,11 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     def of(kind: type) -> Any:
         return kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given})
 
+    if options.command in ("pretrain", "finetune"):
+        chosen = {"preset": "language", "scale": "full"}
+        if given.get("pretrained"):
+            chosen |= preset_of(options.pretrained)
+        given.update({name: given[name] or value for name, value in chosen.items()})
     try:
         data = of(DataOptions)
         if options.command == "show":

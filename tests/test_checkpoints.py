@@ -106,8 +106,8 @@ def test_pretrained_model_of_another_kind(
     place: Path, out: Path, capsys: pytest.CaptureFixture
 ) -> None:
     more = ["--from", out, "--label", "y", "--task", "regression", "--out", out / "new"]
-    start = ["finetune", "missing.csv", *more]
-    line = refused([str(a) for a in start], capsys)  # preset language
+    start = ["finetune", "missing.csv", *more, "--preset", "language"]
+    line = refused([str(a) for a in start], capsys)
     assert "preset: got 'language', allowed is the one that" in line
 
 
@@ -134,6 +134,24 @@ def test_other_options_are_refused_and_named(
     assert "holds a finished model and no checkpoint" in refused(
         command(place, out, "--resume"), capsys
     )
+
+
+def test_other_data_are_refused(
+    place: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One digit of one row, between the kill and --resume."""
+    mine = shutil.copy(place / "table.csv", tmp_path / "table.csv")
+    lines = mine.read_text().splitlines()
+    arguments = [str(mine) if a == str(place / "table.csv") else a for a in command(place, out)]
+    ran = out / "run.json"
+    ran.write_text(ran.read_text().replace(str(place / "table.csv"), str(mine)))
+    (out / "checkpoint-9" / "complete.json").unlink()
+    number = lines[7].split(",")[0]
+    lines[7] = lines[7].replace(number, f"{float(number) + 0.0001:.4f}", 1)
+    mine.write_text("\n".join(lines) + "\n")
+    line = refused([*arguments, "--resume"], capsys)
+    assert f"{out / 'checkpoint-6'}: the data are not those that the run began with" in line
+    assert "bring those back" in line
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ TABLES = {
     "1,x,3,4,1": "line 5, column 'b': got 'x', allowed is a finite number",
     "1,2,3,4,": "line 5, column 'y': got no label",
 }
-PROTEINS = {
+PROTEINS = {  # of the letters of amino acids
+    "ACDEF1,1": "line 5, column 'sequence': got byte 0x31",
     "ACDEFGACDEFGACDEFGACDEFGACDEFGACDEFG,1": "line 5, column 'sequence': got 36 bytes, allowed is",
     ",1": "line 5, column 'sequence': got an empty text",
     "ACD\xffEF,1": "line 5: got byte 0xff at position 4, allowed is UTF-8",
@@ -146,6 +147,7 @@ def test_bad_row_of_proteins(row: str, tmp_path: Path, capsys: pytest.CaptureFix
     file = with_bad_row(runs.write_proteins(tmp_path / "p.csv"), row)
     command = ["finetune", file, "--label", "target", "--task", "regression"]
     command += ["--cache", tmp_path / "cache", "--out", tmp_path / "out", "--steps", "3", *PROTEIN]
+    command += ["--alphabet", "ACDEFGHIKLMNPQRSTVWY"]
     line = refused(command, capsys)
     assert f"{file}, {PROTEINS[row]}" in line
     assert nothing_trained(tmp_path / "out")

@@ -4,6 +4,8 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sma_fast.training.data import (
@@ -133,6 +135,14 @@ def test_numbers_as_people_write_them():
     inputs = encoding.encode({"x": ["1", " 2.5 ", "+3", "-1e-2", ".5"]})["inputs"]
     assert inputs.ravel().tolist() == pytest.approx([1, 2.5, 3, -0.01, 0.5])
     assert encoding.encode({"x": [True, False]})["inputs"].ravel().tolist() == [1, 0]
+
+
+def test_dates_are_no_numbers(tmp_path):
+    table = pa.table({"a": [1.0, 2.0], "b": pa.array([0, 1], pa.date32())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    dataset = load(tmp_path / "a.parquet", cache=tmp_path)
+    with pytest.raises(DataError, match=r"got column 'b' of date32.*choose other columns"):
+        TableColumns.fit(dataset)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])

@@ -1,14 +1,18 @@
-"""Which rows and columns a run reads: labels stay out of inputs, parts out of each other."""
+"""Which rows, columns and models a run reads; labels stay out of inputs, parts of each other."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sma_fast import cli
 from sma_fast.training import run
 from sma_fast.training.options import DataOptions, TrainOptions
+from sma_fast.training.pretrained import preset_of
 
 TINY = {
     "embedded_channels": 16,
@@ -151,9 +155,96 @@ def test_pictures_are_resized_on_request(tmp_path: Path) -> None:
 
 def test_an_asked_warm_up_is_kept(table: Path, tmp_path: Path) -> None:
     parts = {"train": list(range(64))}
-    for asked, expected in ((None, 2), (9, 9)):
+    for asked, expected in ((None, 2), (9, 9), (0, 0)):
         given = options(tmp_path / "out", steps=10, warmup_steps=asked)
         trainer = run._trainer(
             run.SMAForPretraining(given.config()), given, parts, run.Encodings(None), False
         )
         assert trainer.args.warmup_steps == expected
+
+
+def test_evaluation_does_not_depend_on_its_batches(table: Path, tmp_path: Path) -> None:
+    """Every row has masks of its own, and the loss is a mean over all masked tokens."""
+    given = options(tmp_path / "out", save_steps=1)
+    results = run.pretrain(given, data(table, split_column="part", inputs=("a", "b", "c")))
+    (step,) = [e for e in results["validation"] if e["step"] == results["best_step"]]
+    rows = table.read_text().splitlines()
+    parts = run.open_parts(data(table, split_column="part"))
+    kept = sorted(parts["valid"]["__line__"])
+    valid = tmp_path / "valid.csv"
+    valid.write_text("\n".join([rows[0], *(rows[line - 1] for line in kept)]) + "\n")
+    losses = [run.evaluate(tmp_path / "out", data(valid), size)["loss"] for size in (1, 3, 64)]
+    assert losses == pytest.approx([step["loss"]] * 3, rel=1e-6)
+    losses = [run.evaluate(tmp_path / "out", data(table), size)["loss"] for size in (7, 100)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_test_part_that_is_not_there(table: Path, tmp_path: Path) -> None:
+    run.pretrain(options(tmp_path / "out"), data(table, inputs=("a", "b", "c")))
+    with pytest.raises(run.RunError, match=r"split_column: got 'part', which has no test part"):
+        run.evaluate(tmp_path / "out", data(table, split_column="part", parts={"train": "train"}))
+
+
+# ---- models that only save_pretrained wrote ------------------------------------------------------
+
+
+def saved(folder: Path, **changes: object) -> Path:
+    config = options(folder, **changes).config({"max_position_embeddings": 3})
+    run.SMAForPretraining(config).save_pretrained(folder)
+    return folder
+
+
+def test_finetune_from_save_pretrained(table: Path, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source")
+    rows = data(table, split_column="part", inputs=("a", "b", "c"))
+    given = options(tmp_path / "out", learning_rate=1e-9)
+    run.finetune(given, rows, ("y",), "classification", source)
+    before = run.SMAForPretraining.from_pretrained(source)
+    after = run.SMAForPrediction.from_pretrained(tmp_path / "out")
+    for name, weight in before.encoder.state_dict().items():
+        torch.testing.assert_close(after.encoder.state_dict()[name], weight, rtol=0, atol=1e-6)
+    assert "accuracy" in run.evaluate(tmp_path / "out", data(table, split_column="part"))
+
+
+def test_what_does_not_fit_save_pretrained(table: Path, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source")
+    more = ("y",), "classification", source
+    rows = data(table, split_column="part", exclude=("part",))
+    with pytest.raises(run.RunError, match="preset: got 'protein', allowed is the one that"):
+        run.finetune(options(tmp_path / "out", preset="protein"), rows, *more)
+    four = tmp_path / "four.csv"
+    lines = table.read_text().splitlines()
+    four.write_text(
+        "\n".join(["d," + lines[0], *(f"{i},{row}" for i, row in enumerate(lines[1:]))])
+    )
+    with pytest.raises(run.RunError, match="max_position_embeddings: got 3, allowed is at least 4"):
+        run.finetune(options(tmp_path / "out"), data(four, split_column="part"), *more)
+    (source / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"holds no SMAForPretraining: .*model.safetensors"):
+        run.finetune(options(tmp_path / "out"), rows, *more)
+
+
+def test_a_run_is_not_taken_for_save_pretrained(table: Path, tmp_path: Path) -> None:
+    """What training wrote has to be whole, whichever of its files is left."""
+    run.pretrain(options(tmp_path / "out", save_steps=1), data(table, inputs=("a", "b", "c")))
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        for name in ("data.json", "complete.json"):
+            (folder / name).unlink()
+        with pytest.raises(ValueError, match=r"has no complete.json"):
+            run.finetune(
+                *(options(tmp_path / "new"), data(table, exclude=("part",))),
+                *(("y",), "classification", folder),
+            )
+
+
+def test_preset_of_a_pretrained_model(table: Path, tmp_path: Path) -> None:
+    run.pretrain(options(tmp_path / "out", save_steps=1), data(table, exclude=("part", "y")))
+    names = {"preset": "physics", "scale": "small"}
+    assert preset_of(tmp_path / "out") == preset_of(tmp_path / "out" / "checkpoint-1") == names
+    assert preset_of(saved(tmp_path / "source")) == {}
+    arguments = ["finetune", table, "--cache", table.parent / "cache", "--out", tmp_path / "fine"]
+    arguments += ["--split-column", "part", "--label", "y", "--task", "classification"]
+    arguments += ["--from", tmp_path / "out", "--steps", "1", "--batch-size", "16"]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    asked = json.loads((tmp_path / "fine" / "run.json").read_text())["options"]
+    assert {name: asked[name] for name in names} == names

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from sma_fast.models import SMAConfig
 from sma_fast.training.checkpoints import CheckpointError
 from sma_fast.training.data import (
     ByColumn,
@@ -30,7 +31,7 @@ from sma_fast.training.options import DataOptions, TrainOptions
 Inputs = ByteSequences | TableColumns | Pictures
 Labels = ClassLabels | MultiLabels | Targets
 ENCODINGS = {"bytes": ByteSequences, "table": TableColumns, "pictures": Pictures}
-_DATA = "data.json"
+DATA = "data.json"
 
 
 class RunError(ValueError):
@@ -44,12 +45,40 @@ class Encodings:
     inputs: Inputs
     labels: Labels | None = None
 
-    def save(self, folder: Path) -> None:
-        """Writes data.json into `folder`."""
-        state = {"inputs": self.inputs.state()}
+    def save(self, folder: Path, examples: Mapping[str, Examples] | None = None) -> None:
+        """Writes data.json into `folder`.
+
+        Args:
+            folder: of a checkpoint.
+            examples: checked parts, of which rows and checksum are kept. Default: none.
+        """
+        (folder / DATA).write_text(self._text(examples or {}))
+
+    def check_unchanged(self, folder: Path, examples: Mapping[str, Examples]) -> None:
+        """Refuses to go on from a checkpoint of other data.
+
+        Args:
+            folder: of the checkpoint.
+            examples: checked parts.
+
+        Raises:
+            RunError: where rows or encodings are not those of data.json.
+        """
+        before, now = json.loads((folder / DATA).read_text()), json.loads(self._text(examples))
+        if before != now:
+            changed = [name for name in now if before.get(name) != now[name]]
+            raise RunError(
+                f"{folder}: the data are not those that the run began with ({', '.join(changed)} "
+                "differ): bring those back, or start again in another folder with --out"
+            )
+
+    def _text(self, examples: Mapping[str, Examples]) -> str:
+        state: dict[str, object] = {"inputs": self.inputs.state()}
         if self.labels is not None:
             state["labels"] = self.labels.state()
-        (folder / _DATA).write_text(json.dumps(state, indent=1) + "\n")
+        for part, rows in examples.items():
+            state[part] = {"rows": len(rows), "checksum": rows.checksum}
+        return json.dumps(state, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> "Encodings":
@@ -58,7 +87,7 @@ class Encodings:
         Raises:
             CheckpointError: where data.json is missing or damaged.
         """
-        file = folder / _DATA
+        file = folder / DATA
         try:
             state = json.loads(file.read_text())
             labels = from_state(state["labels"]) if "labels" in state else None
@@ -106,13 +135,11 @@ def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, dat
 def _by_column(rows: datasets.Dataset, data: DataOptions) -> dict[str, datasets.Dataset]:
     if data.split_column not in rows.column_names:
         return ByColumn(data.split_column).apply(rows)  # says which columns there are
-    named = {"train": ["train"], "valid": ["valid", "validation", "val"], "test": ["test"]}
-    if data.parts:
-        named |= {part: [value] for part, value in data.parts.items()}
-        return ByColumn(data.split_column, {p: v for p, v in named.items() if v}).apply(rows)
+    usual = {"train": ["train"], "valid": ["valid", "validation", "val"], "test": ["test"]}
     there = set(rows.unique(data.split_column))
-    named = {part: [v for v in values if v in there] for part, values in named.items()}
-    named = {part: values for part, values in named.items() if values}
+    named = {part: [v for v in values if v in there] for part, values in usual.items()}
+    named |= {part: [value] for part, value in (data.parts or {}).items()}
+    named = {part: values for part, values in named.items() if any(values)}
     return ByColumn(data.split_column, named or None).apply(rows)
 
 
@@ -120,10 +147,18 @@ def fit_inputs(
     encoding: str,
     train: datasets.Dataset,
     data: DataOptions,
-    options: TrainOptions,
+    config: SMAConfig,
     labels: tuple[str, ...] = (),
 ) -> Inputs:
-    """Returns the encoding of inputs, with mean and standard deviation of the train part."""
+    """Returns the encoding of inputs, with mean and standard deviation of the train part.
+
+    Args:
+        encoding: a name of `ENCODINGS`.
+        train: rows of the train part.
+        data: which columns are inputs, and how they are read.
+        config: of the model, for the longest sequence and the channels of pictures.
+        labels: columns that are none.
+    """
     left_out = {*labels, FILE, LINE, *(data.exclude or ())}
     left_out |= {data.split_column} if data.split_column else set()
     both = sorted(set(data.inputs or ()) & set(labels))
@@ -133,10 +168,10 @@ def fit_inputs(
         return TableColumns.fit(train, data.inputs, sorted(left_out))
     column = one_column(data) or _only_column(encoding, train, left_out)
     if encoding == "bytes":
-        longest = options.config().max_position_embeddings
-        return ByteSequences(column, longest, data.too_long, data.alphabet)
-    channels = options.config().input_channels
-    return Pictures.fit(train, column, size=data.size, channels=channels, resize=data.resize)
+        return ByteSequences(column, config.max_position_embeddings, data.too_long, data.alphabet)
+    return Pictures.fit(
+        train, column, size=data.size, channels=config.input_channels, resize=data.resize
+    )
 
 
 def known_inputs(known: Inputs, data: DataOptions, called: str = "inputs") -> Inputs:

@@ -5,7 +5,6 @@ model.safetensors), the encodings its inputs need (data.json), what was asked fo
 what came out (results.json).
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -36,9 +35,10 @@ from sma_fast.training.inputs import (
     rows_to_read,
 )
 from sma_fast.training.options import TASKS, DataOptions, TrainOptions
+from sma_fast.training.pretrained import RUN, load_model, load_pretrained
 from sma_fast.training.trainer import Curves, SMATrainer, training_arguments
 
-_RUN, _RESULTS = "run.json", "results.json"
+_RESULTS = "results.json"
 
 
 def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
@@ -57,8 +57,10 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     start = _starting_point(options, data, "pretrain")
     parts = open_parts(data)
     train = drawn_rows(parts["train"], options, data)
-    encodings = Encodings(fit_inputs(options.start().encoding, train, data, options))
+    encodings = Encodings(fit_inputs(options.start().encoding, train, data, options.config()))
     examples = encoded(parts | {"train": train}, encodings)
+    if start is not None:
+        encodings.check_unchanged(start, examples)
     torch.manual_seed(options.seed)
     model = SMAForPretraining(_config(options, encodings.inputs))
     trainer = _trainer(model, options, examples, encodings, finetuning=False)
@@ -82,7 +84,9 @@ def finetune(
         data: what on.
         labels: columns to predict.
         task: "classification", "multilabel" or "regression".
-        pretrained: folder of a pretrained model. Default: none, a new model of the preset.
+        pretrained: folder of a pretrained model, of `pretrain` or of `save_pretrained` alone;
+            inputs are encoded as there, or, where nothing says how, as the preset does. Default:
+            none, a new model of the preset.
 
     Raises:
         RunError, DataError, CheckpointError, ValueError: saying what to do.
@@ -94,9 +98,11 @@ def finetune(
     if options.tensorboard:
         require("tensorboard")
     options.check()
-    source = None if pretrained is None else load_model(pretrained, SMAForPretraining)
-    known = None if pretrained is None else Encodings.read(pretrained).inputs
-    if known is not None and ENCODINGS[options.start().encoding] is not type(known):
+    source, known = (None, None) if pretrained is None else load_pretrained(pretrained)
+    expected = ENCODINGS[options.start().encoding]
+    if source is not None and (
+        source.config.input_type != expected.input_type or not isinstance(known, expected | None)
+    ):
         raise RunError(
             f"preset: got {options.preset!r}, allowed is the one that {pretrained} was pretrained "
             "with"
@@ -113,9 +119,12 @@ def finetune(
     parts = open_parts(data, labels)
     train = drawn_rows(parts["train"], options, data)
     if known is None:
-        known = fit_inputs(options.start().encoding, train, data, options, labels)
+        config = options.config() if source is None else source.config
+        known = fit_inputs(options.start().encoding, train, data, config, labels)
     encodings = Encodings(known, fit_labels(task, train, labels))
     examples = encoded(parts | {"train": train}, encodings)
+    if start is not None:
+        encodings.check_unchanged(start, examples)
     changes = {
         "num_labels": encodings.labels.num_labels,
         "problem_type": TASKS[task],
@@ -125,6 +134,7 @@ def finetune(
     if source is None:
         model = SMAForPrediction(_config(options, encodings.inputs, changes))
     else:
+        _check_size(source.config, encodings.inputs)
         model = SMAForPrediction.from_pretraining(source, **{**changes, **options.model})
     trainer = _trainer(model, options, examples, encodings, finetuning=True)
 
@@ -166,26 +176,6 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
     return metrics.scores(task, output.predictions, output.label_ids, encodings)
 
 
-def load_model(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction:
-    """Returns the model of a folder that training wrote: a run's, or one of its checkpoints.
-
-    Raises:
-        CheckpointError: where it is not whole, or of another kind.
-    """
-    if not folder.is_dir():
-        raise checkpoints.CheckpointError(
-            f"{folder}: no such folder: name one that sma-fast pretrain wrote"
-        )
-    checkpoints.check(folder)
-    try:
-        with contextlib.redirect_stdout(None):  # huggingface_hub says where it loads from
-            return kind.from_pretrained(folder)
-    except (ValueError, TypeError, OSError) as error:
-        raise checkpoints.CheckpointError(
-            f"{folder}: holds no {kind.__name__}: {error}: name another folder"
-        ) from None
-
-
 def _config(
     options: TrainOptions,
     inputs: Inputs,
@@ -195,12 +185,21 @@ def _config(
     if inputs.input_type == "continuous":
         sizes |= {"input_channels": inputs.channels, "max_position_embeddings": inputs.max_length}
     config = options.config({**sizes, **(changes or {})})
+    _check_size(config, inputs)
+    return config
+
+
+def _check_size(config: SMAConfig, inputs: Inputs) -> None:
     if config.max_position_embeddings < inputs.max_length:
         raise RunError(
             f"max_position_embeddings: got {config.max_position_embeddings}, allowed is at least "
             f"{inputs.max_length}, the tokens of a row: leave it to the data"
         )
-    return config
+    if inputs.input_type == "continuous" and config.input_channels != inputs.channels:
+        raise RunError(
+            f"input_channels: got {config.input_channels}, allowed is {inputs.channels}, those of "
+            "the data"
+        )
 
 
 def _starting_point(options: TrainOptions, data: DataOptions, what: str) -> Path | None:
@@ -208,7 +207,7 @@ def _starting_point(options: TrainOptions, data: DataOptions, what: str) -> Path
     asked = json.dumps(
         {"what": what, "options": _plain(options), "data": _plain(data)}, default=str, indent=1
     )
-    file = options.out / _RUN
+    file = options.out / RUN
     finished = checkpoints.complete_ones(options.out)
     if not options.resume and (finished or (options.out / checkpoints.COMPLETE).is_file()):
         raise RunError(
@@ -355,7 +354,7 @@ def _trainer(
         train_dataset=examples["train"],
         eval_dataset=examples.get("valid"),
         callbacks=callbacks,
-        save_beside=encodings.save,
+        save_beside=lambda folder: encodings.save(folder, examples),
         title="fine-tuning" if finetuning else f"pretraining, {options.mask} masks",
     )
 
@@ -383,7 +382,7 @@ def _train(
         **more,
         "steps": trainer.state.global_step,
         "seconds": seconds,
-        "tokens_per_second": _tokens_per_second(trainer, history),
+        "tokens_per_second": trainer.speed.tokens_per_second,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "loss": losses[-1] if losses else None,
         "validation": validation,
@@ -398,8 +397,3 @@ def _train(
             (options.out / _RESULTS).write_text(json.dumps(results, indent=1) + "\n")
             checkpoints.mark_complete(options.out)
     return results
-
-
-def _tokens_per_second(trainer: SMATrainer, history: list[dict[str, Any]]) -> float | None:
-    found = [e["train_tokens_per_second"] for e in history if "train_tokens_per_second" in e]
-    return found[-1] if found else None

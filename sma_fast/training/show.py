@@ -22,7 +22,7 @@ from sma_fast.training.data.rows import Rows, arrow
 from sma_fast.training.data.sequences import SPECIAL
 from sma_fast.training.inputs import Encodings, known_inputs, rows_to_read
 from sma_fast.training.options import DataOptions
-from sma_fast.training.run import load_model
+from sma_fast.training.pretrained import load_model
 from sma_fast.training.show_plots import PictureRow, Row, TableRow, TextRow
 
 MOST = 24  # rows of a figure

@@ -40,17 +40,47 @@ EVALUATION_SEED = 0  # of the masks that a validation loss is taken over
 STAGES = 4  # of annealing under torch.compile, which compiles a step for each, and keeps 8 at most
 
 
-class LossBar(ProgressCallback):
-    """The Trainer's progress bar with loss and tokens/s beside it, not one line for each entry."""
+class Speed(TrainerCallback):
+    """Takes the time of steps with the reading of their data, without evaluation and saving.
 
-    def __init__(self, title: str = "") -> None:
+    Attributes:
+        tokens_per_second: of this session's steps, over all processes; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_per_second: float | None = None
+        self.seconds, self.last, self.before = 0.0, 0.0, 0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.before, self.last = state.num_input_tokens_seen, time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        now = time.perf_counter()
+        self.seconds, self.last = self.seconds + now - self.last, now
+        self.tokens_per_second = (state.num_input_tokens_seen - self.before) / self.seconds
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self.last = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.last = time.perf_counter()
+
+
+class LossBar(ProgressCallback):
+    """The Trainer's progress bar with loss and tokens/s beside it, not one line for each entry.
+
+    Args:
+        title: what stands before the bar.
+        speed: what measures the tokens/s. Default: they are not shown.
+    """
+
+    def __init__(self, title: str = "", speed: Speed | None = None) -> None:
         super().__init__()
         self.title = title
-        self.last = (0.0, 0)
+        self.speed = speed
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.last = (time.perf_counter(), state.num_input_tokens_seen)
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
 
@@ -64,11 +94,8 @@ class LossBar(ProgressCallback):
         if self.training_bar is None or "loss" not in logs:
             return
         shown = {"loss": f"{float(logs['loss']):.4f}"}
-        now, tokens = time.perf_counter(), state.num_input_tokens_seen
-        if tokens > self.last[1]:
-            speed = (tokens - self.last[1]) / max(now - self.last[0], 1e-9)
-            shown["tokens/s"] = f"{speed:.3g}"
-        self.last = (now, tokens)
+        if self.speed is not None and self.speed.tokens_per_second is not None:
+            shown["tokens/s"] = f"{self.speed.tokens_per_second:.3g}"
         self.training_bar.set_postfix(**shown)
 
 
@@ -145,8 +172,10 @@ class SMATrainer(Trainer):
         self.save_beside = save_beside
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
+        self.speed = Speed()
+        self.add_callback(self.speed)
         if self.args.should_save and not self.args.disable_tqdm:
-            self.add_callback(LossBar(title))
+            self.add_callback(LossBar(title, self.speed))
         self.add_callback(Annealing(self.model, staged=self.args.torch_compile))
         self._num_targets = self.model.num_targets
         self._in_step: torch.Tensor | None = None  # targets of all batches; None with one batch

@@ -1,5 +1,6 @@
 """What the Trainer sees: a data set of encoded samples, and batches of them."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,6 +32,9 @@ class Examples(torch.utils.data.Dataset):
         dataset: as `load` or a split returns it.
         *encodings: of inputs, and of labels where there are any.
 
+    Attributes:
+        checksum: CRC-32 of all encoded rows, None before `check`.
+
     Raises:
         DataError: where a column is not there; lists those there are.
     """
@@ -39,6 +43,7 @@ class Examples(torch.utils.data.Dataset):
         columns = [name for encoding in encodings for name in encoding.columns]
         self._rows = arrow(dataset, columns)
         self._encodings = encodings
+        self.checksum: int | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -62,7 +67,18 @@ class Examples(torch.utils.data.Dataset):
         Raises:
             DataError: for the first bad row.
         """
-        return sum(len(self._encode(table)["inputs"]) for table in self._rows.iter(1024))
+        number = checksum = 0
+        for table in self._rows.iter(1024):
+            fields = self._encode(table)
+            number += len(fields["inputs"])
+            for values in fields.values():
+                if isinstance(values, list):  # rows of many lengths
+                    lengths = np.array([len(row) for row in values])
+                    checksum = zlib.crc32(lengths, checksum)
+                    values = np.concatenate(values)
+                checksum = zlib.crc32(np.ascontiguousarray(values), checksum)
+        self.checksum = checksum
+        return number
 
     def _encode(self, table) -> dict[str, Any]:
         rows = Rows(table, self._rows.features)

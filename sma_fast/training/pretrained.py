@@ -1,0 +1,60 @@
+"""Models from folders: those that training wrote, and those that only `save_pretrained` did."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from sma_fast.models import SMAForPrediction, SMAForPretraining
+from sma_fast.training import checkpoints
+from sma_fast.training.inputs import DATA, Encodings, Inputs
+
+RUN = "run.json"  # what was asked for, in the folder of a run
+
+
+def load_model(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction:
+    """Returns the model of a folder that training wrote: a run's, or one of its checkpoints.
+
+    Raises:
+        CheckpointError: where it is not whole, or of another kind.
+    """
+    if not folder.is_dir():
+        raise checkpoints.CheckpointError(
+            f"{folder}: no such folder: name one that sma-fast pretrain wrote"
+        )
+    checkpoints.check(folder)
+    return _loaded(folder, kind)
+
+
+def load_pretrained(folder: Path) -> tuple[SMAForPretraining, Inputs | None]:
+    """Returns a pretrained model and the encoding of its inputs, None where the folder has none.
+
+    A folder of `save_pretrained`, such as of a model from `load_published`, has none. One that
+    training began to write has to be whole.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    signs = (folder / DATA, folder / RUN, folder / checkpoints.COMPLETE, folder.parent / RUN)
+    saved = {"config.json", "model.safetensors"} <= {path.name for path in folder.glob("*")}
+    if saved and not any(path.exists() for path in signs):
+        return _loaded(folder, SMAForPretraining), None
+    return load_model(folder, SMAForPretraining), Encodings.read(folder).inputs
+
+
+def preset_of(folder: Path) -> dict[str, str]:
+    """Returns "preset" and "scale" of the run that a folder or checkpoint is of, {} if unknown."""
+    for file in (folder / RUN, folder.parent / RUN):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            options = json.loads(file.read_text())["options"]
+            return {"preset": options["preset"], "scale": options["scale"]}
+    return {}
+
+
+def _loaded(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction:
+    try:
+        with contextlib.redirect_stdout(None):  # huggingface_hub says where it loads from
+            return kind.from_pretrained(folder)
+    except (ValueError, TypeError, OSError) as error:
+        raise checkpoints.CheckpointError(
+            f"{folder}: holds no {kind.__name__}: {error}: name another folder"
+        ) from None
