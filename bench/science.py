@@ -64,11 +64,11 @@ _HIGGS = {
 }
 _SCAFFOLD = {"inputs": ("smiles",), "split_column": "scaffold_split"}
 SCIENCES = {
-    "physics": Science("physics", _HIGGS, 300),
+    "physics": Science("physics", _HIGGS, 600),
     "molecule": Science(
         "molecule",
         {"source": ("chem/chembl30_90k.smi.gz",), "inputs": ("smiles",), "validation_share": 0.01},
-        350,
+        700,
     ),
     "protein": Science(
         "protein",
@@ -78,7 +78,7 @@ SCIENCES = {
             "max_length": 256,
             "validation_share": 0.01,
         },
-        250,
+        1000,
     ),
 }
 
@@ -105,7 +105,7 @@ TASKS = {
     "esol": _scaffold("esol", "regression", "rmse", 300),
     "freesolv": _scaffold("freesolv", "regression", "rmse", 200),
     "bbbp": _scaffold("bbbp", "classification", "auc", 300, too_long="truncate"),
-    "avgfp": _sequences({"source": ("protein/avgfp_tape.csv.gz",), "split_column": "split"}, 250),
+    "avgfp": _sequences({"source": ("protein/avgfp_tape.csv.gz",), "split_column": "split"}, 750),
     "stability": _sequences(
         {
             "source": ("protein/stability.train.csv.gz",),
@@ -117,8 +117,15 @@ TASKS = {
 }
 
 
-def main() -> int:
-    """Runs what is not done yet, prints the table, and saves the summary where asked."""
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is not done yet, prints the table, and saves the summary where asked.
+
+    Args:
+        arguments: of the command line. Default: sys.argv.
+
+    Returns:
+        0, or 1 where a run failed.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("science-out"))
@@ -126,8 +133,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--only", nargs="+", choices=(*SCIENCES, *TASKS), help="these only")
+    parser.add_argument("--steps", type=int, help="of every run, to try the command out")
     parser.add_argument("--save", action="store_true", help="summary into bench/results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.save and options.steps:
+        parser.error("--save: allowed without --steps only")
     if not options.data.is_dir():
         parser.error(
             f"--data: {options.data} is not there: name the folder with higgs/, chem/, ..."
@@ -231,11 +241,15 @@ def _pretrain(science: Science, mask: str, seed: int, folder: Path, options) -> 
         scale=options.scale,
         mask=mask,
         seed=seed,
-        steps=science.steps if options.scale == "small" else None,
+        steps=_steps(science.steps, options),
         progress_bar=False,
         resume=True,
     )
     run.pretrain(train, _data(science.data, options))
+
+
+def _steps(small: int, options: argparse.Namespace) -> int | None:
+    return options.steps or (small if options.scale == "small" else None)
 
 
 def _finetune(task: Task, start: str, seed: int, folder: Path, options) -> None:
@@ -247,7 +261,7 @@ def _finetune(task: Task, start: str, seed: int, folder: Path, options) -> None:
         preset=SCIENCES[task.science].preset,
         scale=options.scale,
         seed=seed,
-        steps=task.steps if options.scale == "small" else None,
+        steps=_steps(task.steps, options),
         limit_train=task.limit,
         progress_bar=False,
         resume=True,
@@ -339,7 +353,8 @@ def table(summary: dict) -> str:
                 f"| {name} | {measure} | {' | '.join(cells)} | {', '.join(plain)} | "
                 f"{task['steps']} | {seconds:.0f} |"
             )
-    lines += ["", "| pretraining | steps | parameters | seconds | tokens/s | validation loss |"]
+    loss = "validation loss, random masks"
+    lines += ["", f"| pretraining | steps | parameters | seconds | tokens/s | {loss} |"]
     lines.append("|---|---|---|---|---|---|")
     for name, entry in summary["pretraining"].items():
         lines.append(

@@ -1,6 +1,6 @@
 """Fixtures: every implementation this machine has, and memory that shows what was not written.
 
-SMA_FAST_REQUIRE="cpu,triton,peers" makes what is missing an error instead of a skip.
+SMA_FAST_REQUIRE="cpu,triton,peers,train" makes what is missing an error instead of a skip.
 """
 
 import functools
@@ -47,7 +47,7 @@ MISSING_TO_TRAIN = [
 if MISSING_TO_TRAIN:
     collect_ignore_glob = [
         *("test_data_*.py", "test_training.py", "test_run.py", "test_show.py", "test_cli.py"),
-        *("test_checkpoints.py", "test_demo.py"),
+        *("test_checkpoints.py", "test_demo.py", "test_science.py"),
     ]
 
 MARGIN = 64  # elements around an output, a multiple of the alignment that torch gives

@@ -173,16 +173,28 @@ def test_evaluation_does_not_depend_on_its_batches(table: Path, tmp_path: Path) 
     kept = sorted(parts["valid"]["__line__"])
     valid = tmp_path / "valid.csv"
     valid.write_text("\n".join([rows[0], *(rows[line - 1] for line in kept)]) + "\n")
-    losses = [run.evaluate(tmp_path / "out", data(valid), size)["loss"] for size in (1, 3, 64)]
-    assert losses == pytest.approx([step["loss"]] * 3, rel=1e-6)
-    losses = [run.evaluate(tmp_path / "out", data(table), size)["loss"] for size in (7, 100)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name in ("loss", "guided_loss"):
+        losses = [run.evaluate(tmp_path / "out", data(valid), size)[name] for size in (1, 3, 64)]
+        assert losses == pytest.approx([step[name]] * 3, rel=1e-6)
+        losses = [run.evaluate(tmp_path / "out", data(table), size)[name] for size in (7, 100)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_validation_compares_masks(table: Path, tmp_path: Path) -> None:
+    """A model scores the same under random masks, whichever masks it was trained with."""
+    rows = data(table, split_column="part", inputs=("a", "b", "c"))
+    run.pretrain(options(tmp_path / "guided", learning_rate=1e-9), rows)
+    run.pretrain(options(tmp_path / "random", learning_rate=1e-9, mask="random"), rows)
+    guided, control = (run.evaluate(tmp_path / name, data(table)) for name in ("guided", "random"))
+    assert set(guided) == {"loss", "guided_loss"} and set(control) == {"loss"}
+    assert guided["loss"] == pytest.approx(control["loss"], rel=1e-5)
+    assert guided["loss"] != pytest.approx(guided["guided_loss"], rel=1e-3)
 
 
 def test_a_test_part_that_is_not_there(table: Path, tmp_path: Path) -> None:
     run.pretrain(options(tmp_path / "out"), data(table, inputs=("a", "b", "c")))
     with pytest.raises(run.RunError, match=r"split_column: got 'part', which has no test part"):
-        run.evaluate(tmp_path / "out", data(table, split_column="part", parts={"train": "train"}))
+        run.evaluate(tmp_path / "out", data(table, split_column="part", parts={"valid": "test"}))
 
 
 # ---- models that only save_pretrained wrote ------------------------------------------------------

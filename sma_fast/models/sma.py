@@ -320,6 +320,8 @@ class SMAForPretraining(_SMAModel):
 
     Attributes:
         progress: the share of training that is done, in [0, 1], for annealed masks.
+        masking: SMAMasking that takes the place of ``config.masking``, as in validation; None for
+            none.
 
     Source: Self-Guided Masked Autoencoders (arXiv 2402.14789), section 3.
     """
@@ -330,6 +332,7 @@ class SMAForPretraining(_SMAModel):
         self.encoder = SMAEncoder(config)
         self.decoder = SMAPositionDecoder(config, self.encoder.embedding)
         self.progress = 1.0
+        self.masking: SMAMasking | None = None
         self._initialise()
 
     def forward(
@@ -356,7 +359,7 @@ class SMAForPretraining(_SMAModel):
         Raises:
             TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
-        masking = self.config.masking
+        masking = self.masking or self.config.masking
         encoding = self.encoder(inputs, attention_mask, masking, mask, self.progress, generator)
         ids = encoding.selection.ids_masked  # (B, K)
         logits = self.decoder(encoding, ids, inputs.shape[1])

@@ -136,8 +136,8 @@ def _by_column(rows: datasets.Dataset, data: DataOptions) -> dict[str, datasets.
     if data.split_column not in rows.column_names:
         return ByColumn(data.split_column).apply(rows)  # says which columns there are
     usual = {"train": ["train"], "valid": ["valid", "validation", "val"], "test": ["test"]}
-    there = set(rows.unique(data.split_column))
-    named = {part: [v for v in values if v in there] for part, values in usual.items()}
+    free = set(rows.unique(data.split_column)) - set((data.parts or {}).values())
+    named = {part: [v for v in values if v in free] for part, values in usual.items()}
     named |= {part: [value] for part, value in (data.parts or {}).items()}
     named = {part: values for part, values in named.items() if any(values)}
     return ByColumn(data.split_column, named or None).apply(rows)

@@ -46,7 +46,8 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
 
     Args:
         options: how to train.
-        data: what on; without a validation part there is no validation loss.
+        data: what on; without a validation part there is no validation loss. It is taken under
+            random masks, the same for all checkpoints, and under guided ones beside.
 
     Raises:
         RunError, DataError, CheckpointError, ValueError: saying what to do.
@@ -148,7 +149,10 @@ def finetune(
 
 
 def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str, Any]:
-    """Returns the scores of a fine-tuned model, or the loss of a pretrained one, on all rows.
+    """Returns the scores of a fine-tuned model, or the losses of a pretrained one, on all rows.
+
+    "loss" is under random masks, which are the same for every model of that data and ratio;
+    "guided_loss" under those that the model itself guides, where it was trained with such.
 
     Args:
         folder: that `finetune` or `pretrain` wrote.
@@ -170,7 +174,7 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
         )
         trainer = SMATrainer(model, arguments, data_collator=Collator())
         if encodings.labels is None:
-            return {"loss": trainer.evaluate(examples["rows"])["eval_loss"]}
+            return _losses(trainer.evaluate(examples["rows"]))
         output = trainer.predict(examples["rows"])
     task = {kind: task for task, kind in TASKS.items()}[model.config.problem_type]
     return metrics.scores(task, output.predictions, output.label_ids, encodings)
@@ -374,9 +378,7 @@ def _train(
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     validation = [
-        {"step": entry["step"], "loss": entry["eval_loss"]}
-        for entry in history
-        if "eval_loss" in entry
+        {"step": entry["step"], **_losses(entry)} for entry in history if "eval_loss" in entry
     ]
     results = {
         **more,
@@ -397,3 +399,8 @@ def _train(
             (options.out / _RESULTS).write_text(json.dumps(results, indent=1) + "\n")
             checkpoints.mark_complete(options.out)
     return results
+
+
+def _losses(entry: Mapping[str, float]) -> dict[str, float]:
+    names = ("loss", "guided_loss")
+    return {name: entry[f"eval_{name}"] for name in names if f"eval_{name}" in entry}

@@ -5,6 +5,7 @@ masks in validation; checkpoints that are either whole or passed over.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
@@ -32,6 +33,7 @@ from transformers.utils import logging  # noqa: E402
 
 from sma_fast import _draws  # noqa: E402
 from sma_fast.masking.sma import SMAMasking  # noqa: E402
+from sma_fast.models import SMAForPretraining  # noqa: E402
 from sma_fast.training import checkpoints  # noqa: E402
 from sma_fast.training.data import pad_batch  # noqa: E402
 
@@ -177,11 +179,12 @@ class SMATrainer(Trainer):
         if self.args.should_save and not self.args.disable_tqdm:
             self.add_callback(LossBar(title, self.speed))
         self.add_callback(Annealing(self.model, staged=self.args.torch_compile))
+        self.unwrapped = self.model  # before DDP, FSDP or torch.compile
         self._num_targets = self.model.num_targets
         self._in_step: torch.Tensor | None = None  # targets of all batches; None with one batch
         self._batch = (-1, 0)  # step, and batches of it that were seen
         self._rows_evaluated = 0  # by all processes, in this evaluation
-        self._sums = torch.zeros(2, dtype=torch.float64)  # of losses and of targets in it
+        self._sums: dict[str, torch.Tensor] = {}  # (2,) by name: of losses and of targets in it
 
     def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None):
         # whole steps only, so that an epoch does not depend on how a step is cut into batches
@@ -275,17 +278,33 @@ class SMATrainer(Trainer):
         inputs = self._without_fillers(inputs)
         first = self._rows_evaluated + self.args.process_index * rows
         self._rows_evaluated += self.args.world_size * rows
-        seed = _seed(EVALUATION_SEED)
-        with torch.no_grad(), self._draws_of(seed, first, rows):
-            with self.compute_loss_context_manager():
-                output = model(**inputs)
-        targets = self._num_targets(**inputs)
-        loss = output.loss.detach().double()
-        loss = torch.where(targets > 0, loss * targets, 0.0)
-        self._sums = self._sums.to(loss.device) + torch.stack([loss, targets])
+        output = None
+        for name, masking in self._maskings().items():
+            if masking is not None:
+                self.unwrapped.masking = masking
+            with (
+                torch.no_grad(),
+                self._draws_of(_seed(EVALUATION_SEED), first, rows),
+                self.compute_loss_context_manager(),
+            ):
+                found = model(**inputs)
+            output = output or found
+            targets = self._num_targets(**inputs)
+            loss = torch.where(targets > 0, found.loss.double() * targets, 0.0)
+            self._sums[name] = self._sums.get(name, 0.0) + torch.stack([loss, targets])
         if prediction_loss_only or labels is None:
             return output.loss, None, None
         return output.loss, output.logits.float(), labels
+
+    def _maskings(self) -> dict[str, SMAMasking | None]:
+        # A guided mask changes with the model, and is harder for a better one: what compares
+        # checkpoints is the loss under random masks.
+        if not isinstance(self.unwrapped, SMAForPretraining):
+            return {"loss": None}
+        masking = self.unwrapped.config.masking
+        if masking.mask == "random":
+            return {"loss": masking}
+        return {"loss": dataclasses.replace(masking, mask="random"), "guided_loss": masking}
 
     def _without_fillers(self, inputs: dict) -> dict:
         # several processes fill up the last batch with rows of the first, which must not count
@@ -306,12 +325,11 @@ class SMATrainer(Trainer):
 
     def evaluation_loop(self, *arguments: object, **named: object) -> EvalLoopOutput:
         # the same masks each time, so that losses compare; training's draws go on as if nothing was
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.unwrapped
         progress, devices = getattr(model, "progress", 1.0), []
         if torch.cuda.is_available():
             devices = [torch.cuda.current_device()]
-        self._rows_evaluated = 0
-        self._sums.zero_()
+        self._rows_evaluated, self._sums = 0, {}
         with torch.random.fork_rng(devices):
             torch.manual_seed(EVALUATION_SEED)
             model.progress = 1.0
@@ -319,10 +337,12 @@ class SMATrainer(Trainer):
                 result = super().evaluation_loop(*arguments, **named)
             finally:
                 model.progress = progress
-        total, targets = self.accelerator.gather(self._sums.unsqueeze(0)).sum(dim=0).tolist()
-        for name in result.metrics:
-            if name.endswith("_loss") and targets:
-                result.metrics[name] = total / targets  # not a mean of batches' means
+                if isinstance(model, SMAForPretraining):
+                    model.masking = None
+        prefix = named.get("metric_key_prefix", "eval")
+        for name, sums in self._sums.items():  # not a mean of batches' means
+            total, targets = self.accelerator.gather(sums.unsqueeze(0)).sum(dim=0).tolist()
+            result.metrics[f"{prefix}_{name}"] = total / max(targets, 1)
         return result
 
     def is_over(self, folder: Path) -> bool:
