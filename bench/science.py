@@ -75,6 +75,7 @@ SCIENCES = {
         {
             "source": ("protein/unlabeled_40k.txt.gz",),
             "inputs": ("text",),
+            "min_length": 51,
             "max_length": 256,
             "validation_share": 0.01,
         },
@@ -131,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("science-out"))
     parser.add_argument("--scale", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: cores, or 1 on a GPU)")
     parser.add_argument("--only", nargs="+", choices=(*SCIENCES, *TASKS), help="these only")
     parser.add_argument("--steps", type=int, help="of every run, to try the command out")
     parser.add_argument("--save", action="store_true", help="summary into bench/results")
@@ -142,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--data: {options.data} is not there: name the folder with higgs/, chem/, ..."
         )
+    options.jobs = options.jobs or _jobs()
     only = set(options.only or (*SCIENCES, *TASKS))
     tasks = [t for t in TASKS if t in only or TASKS[t].science in only]
     sciences = sorted({TASKS[t].science for t in tasks})
@@ -155,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     then = [("finetune", task, s, seed) for seed in seeds for task in tasks for s in STARTS]
     then += [("baseline", task, "", seed) for seed in seeds for task in tasks]
     began = time.perf_counter()
+    options.started_anew = not any(_file(options, job).exists() for job in first + then)
     for jobs in (first, then):
         _run_all([job for job in jobs if not _file(options, job).exists()], options)
     missing = [job for job in first + then if not _file(options, job).exists()]
@@ -163,6 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"failed: {missing}", file=sys.stderr)
         return 1
     summary = summarise(options, tasks, sciences)
+    if options.started_anew:
+        summary["seconds"] = time.perf_counter() - began
     print(table(summary))
     if options.save:
         path = RESULTS / f"science-{summary['date']}-{options.scale}.json"
@@ -186,6 +191,12 @@ def _run_all(jobs: list[tuple], options: argparse.Namespace) -> None:
         ):
             text = f"failed: {error}" if error else ""
             print(f"{done + 1}/{len(jobs)} {' '.join(map(str, job))} {text}", file=sys.stderr)
+
+
+def _jobs() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def _one_thread() -> None:

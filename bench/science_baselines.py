@@ -10,7 +10,6 @@ from sklearn.preprocessing import StandardScaler
 
 from sma_fast.training import run
 from sma_fast.training.data import ClassLabels, Targets
-from sma_fast.training.data.load import select
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
@@ -27,8 +26,7 @@ def baseline(task, data, seed: int) -> dict[str, dict[str, float]]:
         Scores by model; strengths are chosen on the validation part.
     """
     parts = run.open_parts(data, (task.label,))
-    if task.limit is not None:
-        parts["train"] = select(parts["train"], np.arange(task.limit))
+    parts["train"] = run.drawn_rows(parts["train"], task.limit, data.split_seed)
     column = data.inputs[0]
     inputs = {part: rows.with_format(None)[column] for part, rows in parts.items()}
     known = (ClassLabels if task.kind == "classification" else Targets).fit(

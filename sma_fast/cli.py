@@ -166,7 +166,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--parts",
         nargs="+",
-        type=_assignment,
+        type=_part,
         metavar="PART=VALUE",
         help="values of that column, e.g. valid=validation",
     )

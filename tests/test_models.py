@@ -794,3 +794,44 @@ def test_saved_and_loaded_again(encoder: str, shared: bool, tmp_path: Path) -> N
     assert again.config == prediction.config
     inputs = sample("discrete")
     assert torch.equal(again.eval()(inputs).logits, prediction.eval()(inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_self_attends_per_block", -1),
+        ("self_attention_widening_factor", 0),
+        ("decoder_widening_factor", -2),
+        ("initializer_range", -1.0),
+    ],
+)
+def test_config_fields_out_of_range(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{field}: got {value}, allowed is at least"):
+        SMAConfig(**{field: value})
+
+
+@pytest.mark.parametrize("bad", [-1, 20])
+def test_ids_and_classes_out_of_range(bad: int) -> None:
+    sizes = dict.fromkeys(("embedded_channels", "latent_channels", "decoder_channels"), 8)
+    heads = dict.fromkeys(("num_self_attention_heads", "num_cross_attention_heads"), 2)
+    config = SMAConfig(
+        **{**sizes, **heads, "decoder_heads": 2, "num_latents": 4, "num_labels": 3},
+        **{"num_discrete_tokens": 20, "num_self_attends_per_block": 1},
+    )
+    model = SMAForPrediction(config)
+    inputs = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="labels: holds"):
+        model(inputs, labels=torch.tensor([0, bad]))
+    with pytest.raises(TypeError, match="labels: got torch.float32, allowed is integers"):
+        model(inputs, labels=torch.tensor([0.0, 1.2]))
+    inputs[1, 3] = bad
+    with pytest.raises(ValueError, match="inputs: holds .*, allowed is 0 to 19"):
+        model(inputs)
+
+
+def test_short_rows_draw_all_they_have() -> None:
+    masking = SMAMasking(num_queries=6)
+    padding = torch.arange(8) >= torch.tensor([[8], [3]])
+    drawn = masking.draw_tokens(torch.zeros(2, 8, 1), padding)
+    assert (drawn >= 0).sum(1).tolist() == [6, 3] and drawn[1, :3].tolist() == [0, 1, 2]
+    assert masking.draw_tokens(torch.zeros(2, 4, 1)).tolist() == [[0, 1, 2, 3]] * 2

@@ -4,10 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sma_fast import cli
 from sma_fast.training import run
@@ -85,7 +87,7 @@ def test_inputs_are_those_of_the_checkpoint(table: Path, tmp_path: Path) -> None
         run.evaluate(tmp_path / "ab", other)
     with pytest.raises(run.RunError, match=message):
         run.finetune(options(tmp_path / "fine"), other, ("y",), "classification", tmp_path / "ab")
-    with pytest.raises(run.RunError, match="resize, size: allowed is neither"):
+    with pytest.raises(run.RunError, match=r"size: got \(4, 4\), allowed is for pictures only"):
         run.evaluate(tmp_path / "ab", data(table, size=(4, 4)))
     assert "loss" in run.evaluate(tmp_path / "ab", data(table, inputs=("a", "b")))
 
@@ -116,16 +118,66 @@ def test_parts(table: Path) -> None:
             data(table, **refused)
 
 
+def test_parts_by_any_value_and_a_train_part(table: Path, tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.csv"
+    rows = ["a,part", *(f"{i},{i % 3}" for i in range(30))]
+    numbers.write_text("\n".join(rows) + "\n")
+    arguments = [
+        "--cache",
+        table.parent / "cache",
+        "--out",
+        tmp_path / "out",
+        "--preset",
+        "physics",
+    ]
+    arguments += ["--scale", "small", "--steps", "1", "--batch-size", "4", "--set"]
+    arguments += [f"{name}={value}" for name, value in TINY.items()]
+    arguments += ["--split-column", "part", "--parts", "train=0", "valid=1", "test=2"]
+    assert cli.main([str(a) for a in ("pretrain", numbers, *arguments)]) == 0
+    with pytest.raises(ValueError, match="parts: got 'foo', allowed is train, valid, test"):
+        data(table, split_column="part", parts={"foo": "train"})
+    with pytest.raises(run.RunError, match="split_column: got 'part', which has no train part"):
+        run.pretrain(
+            options(tmp_path / "none"), data(table, split_column="part", parts={"test": "train"})
+        )
+
+
+@pytest.mark.parametrize("more, counts", [({}, (57, 20)), ({"test_share": 0.1}, (68, 8))])
+def test_folders_of_parts_stay_parts(more: dict, counts: tuple[int, int], tmp_path: Path) -> None:
+    for number in range(80):
+        part = "train" if number < 60 else "test"
+        folder = tmp_path / "pictures" / part / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 3), (number, 0, 0)).save(folder / f"{number}.png")
+    source = DataOptions((str(tmp_path / "pictures"),), cache=str(tmp_path / "cache"), **more)
+    parts = run.open_parts(source)
+    assert (len(parts["train"]), len(parts["test"])) == counts
+    if not more:
+        assert {row["path"].split("/")[-3] for row in paths(parts["test"])} == {"test"}
+
+
+def paths(rows: datasets.Dataset) -> list[dict]:
+    return rows.cast_column("image", datasets.Image(decode=False))["image"]
+
+
+def test_evaluate_cuts_the_test_part_as_training_did(table: Path, tmp_path: Path) -> None:
+    rows = data(table, exclude=("part",), test_share=0.2)
+    given = options(tmp_path / "out", steps=4)
+    results = run.finetune(given, rows, ("y",), "classification")
+    assert run.evaluate(tmp_path / "out", rows) == pytest.approx(results["test"])
+    with pytest.raises(run.RunError, match="validation_share: allowed is neither"):
+        run.evaluate(tmp_path / "out", data(table, exclude=("part",), validation_share=0.2))
+
+
 def test_limited_rows_are_drawn_not_the_first(table: Path, tmp_path: Path) -> None:
     # the file is sorted by label: its first rows have one class only
     parts = data(table, split_column="part", inputs=("a", "b", "c"))
     limited = options(tmp_path / "out", limit_train=24)
     assert run.finetune(limited, parts, ("y",), "classification")["steps"] == 2
     train = run.open_parts(parts)["train"]
-    chosen = [run.drawn_rows(train, limited, parts)["__line__"] for _ in range(2)]
+    chosen = [run.drawn_rows(train, 24, parts.split_seed)["__line__"] for _ in range(2)]
     assert list(chosen[0]) == list(chosen[1]) and len(chosen[0]) == 24
-    other = dataclasses.replace(parts, split_seed=1)
-    assert list(run.drawn_rows(train, limited, other)["__line__"]) != list(chosen[0])
+    assert list(run.drawn_rows(train, 24, 1)["__line__"]) != list(chosen[0])
 
 
 def test_pictures_are_resized_on_request(tmp_path: Path) -> None:
@@ -167,7 +219,7 @@ def test_evaluation_does_not_depend_on_its_batches(table: Path, tmp_path: Path) 
     """Every row has masks of its own, and the loss is a mean over all masked tokens."""
     given = options(tmp_path / "out", save_steps=1)
     results = run.pretrain(given, data(table, split_column="part", inputs=("a", "b", "c")))
-    (step,) = [e for e in results["validation"] if e["step"] == results["best_step"]]
+    step = results["validation"][-1]
     rows = table.read_text().splitlines()
     parts = run.open_parts(data(table, split_column="part"))
     kept = sorted(parts["valid"]["__line__"])
@@ -247,6 +299,58 @@ def test_a_run_is_not_taken_for_save_pretrained(table: Path, tmp_path: Path) -> 
                 *(options(tmp_path / "new"), data(table, exclude=("part",))),
                 *(("y",), "classification", folder),
             )
+
+
+@pytest.mark.parametrize(
+    "changes, more, message",
+    [
+        ({"masking": {"mask_ratio": 0.3}}, {}, "masking: allowed in pretraining only"),
+        ({}, {"alphabet": "ABC"}, "alphabet: got 'ABC', allowed is for sequences only"),
+        ({}, {"too_long": "truncate"}, "too_long: got 'truncate', allowed is for sequences"),
+        ({}, {"size": (3, 3)}, "size: got .*, allowed is for pictures only"),
+        ({"preset": "protein"}, {"resize": "bilinear"}, "resize: got 'bilinear', allowed is for"),
+    ],
+)
+def test_options_that_mean_nothing(changes: dict, more: dict, message: str, tmp_path: Path) -> None:
+    nowhere = DataOptions(("missing.csv",), **more)
+    with pytest.raises(run.RunError, match=message):
+        run.finetune(options(tmp_path / "out", **changes), nowhere, ("y",), "classification")
+
+
+def test_a_pretrained_encoder_stays_what_it_is(table: Path, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source")
+    other = dataclasses.replace(
+        options(tmp_path / "out"), model=TINY | {"num_self_attention_heads": 4}
+    )
+    rows = data(table, split_column="part", inputs=("a", "b", "c"))
+    with pytest.raises(run.RunError, match="num_self_attention_heads: got 4, allowed is 2"):
+        run.finetune(other, rows, ("y",), "classification", source)
+
+
+def test_pretraining_keeps_the_last_weights(table: Path, tmp_path: Path) -> None:
+    given = options(
+        tmp_path / "out", steps=3, save_steps=1, learning_rate=0.1, scheduler="constant"
+    )
+    results = run.pretrain(given, data(table, inputs=("a", "b", "c")))
+    losses = [entry["loss"] for entry in results["validation"]]
+    assert losses[-1] != min(losses)  # else this test says nothing
+    weights, last = (
+        load_file(tmp_path / "out" / name / "model.safetensors") for name in ("", "checkpoint-3")
+    )
+    assert all(torch.equal(weights[name], last[name]) for name in weights)
+
+
+def test_a_finished_run_is_left_alone(table: Path, tmp_path: Path) -> None:
+    rows = data(table, inputs=("a", "b", "c"))
+    results = run.pretrain(options(tmp_path / "out"), rows)
+    file = tmp_path / "out" / "results.json"
+    before = file.read_bytes(), file.stat().st_mtime_ns
+    assert run.pretrain(options(tmp_path / "out", resume=True), rows) == results
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+    (tmp_path / "out" / "complete.json").unlink()  # killed before its end
+    again = run.pretrain(options(tmp_path / "out", resume=True), rows)
+    assert again["tokens_per_second"] == results["tokens_per_second"]
+    assert 0 < again["seconds"] <= results["seconds"]
 
 
 def test_preset_of_a_pretrained_model(table: Path, tmp_path: Path) -> None:

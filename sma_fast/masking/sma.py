@@ -23,7 +23,8 @@ class SMAMasking:
         mask_ratio: share of the valid tokens to mask, in (0, 1).
         num_per_query: tokens masked for each query drawn, at least 1:
             R = round(N mask_ratio / num_per_query).
-        num_queries: R itself, at least 1; takes the place of `num_per_query`.
+        num_queries: R itself, at least 1; takes the place of `num_per_query`. Where the queries
+            are the tokens, a row with fewer draws all it has.
         head_reduce: "mean", "sum", or "random": one random head for each query ("random mix").
         mask: "guided", or "random" for the control.
         mask_self: where the queries are the tokens themselves, mask the drawn ones before all
@@ -220,10 +221,13 @@ class SMAMasking:
             generator: for the draws. Default: torch's global one.
 
         Returns:
-            (B, R) int64 with R = `count_queries(N, N)`.
+            (B, R) int64 with R = `count_queries(N, N)`, or N where `num_queries` is more.
         """
         batch, length = tokens.shape[:2]
-        most = self.count_queries(length, length)
+        if self.num_queries is not None:
+            most = min(self.num_queries, length)
+        else:
+            most = self.count_queries(length, length)
         if key_padding_mask is None:
             return ops.draw_queries(
                 most,

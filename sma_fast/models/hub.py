@@ -37,8 +37,9 @@ class HubModel(PyTorchModelHubMixin):
         try:
             load_model(model, model_file, strict=True, device=str(map_location))
         except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{model_file}: cannot be loaded into {cls.__name__}: {error}"
+                f"{model_file}: cannot be loaded into {cls.__name__}: {reason[:300]}"
             ) from None
         return model.to(torch.device(map_location))
 

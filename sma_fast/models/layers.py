@@ -115,6 +115,13 @@ class SMAEmbedding(nn.Module):
                     f"inputs: got {inputs.dtype} of shape {tuple(inputs.shape)}, allowed is (B, N) "
                     "integer token ids"
                 )
+            known = self.tokens.num_embeddings
+            if inputs.device.type == "cpu" and not torch.compiler.is_compiling() and inputs.numel():
+                least, most = (int(x) for x in inputs.aminmax())
+                if least < 0 or most >= known:
+                    raise ValueError(
+                        f"inputs: holds {least} to {most}, allowed is 0 to {known - 1}"
+                    )
         else:
             channels = self.tokens.in_features
             if inputs.dim() != 3 or inputs.shape[2] != channels or not inputs.is_floating_point():

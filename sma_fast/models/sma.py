@@ -158,6 +158,7 @@ class SMAEncoder(nn.Module):
         embeddings = self.embedding(inputs)  # (B, N, E)
         draws = {"key_padding_mask": padding, "generator": generator}
         selection = scores = key = visible = None
+        query = None if self.latents is None else self.latent_queries()  # (1, M, qk)
         if mask is not None:
             selection = given_selection(mask, padding)
         elif masking is not None and masking.mask == "random":
@@ -169,8 +170,8 @@ class SMAEncoder(nn.Module):
                 selection, scores = self._guided_by_tokens(masking, embeddings, key, draws)
                 key = gather_tokens(key, selection.ids_visible)
             else:
-                query, heads = self.first.split(self.latent_queries()), self.first.split(key)
-                guided = masking.guided(query, heads, key, embeddings, **draws)
+                heads = self.first.split(query.detach()), self.first.split(key)
+                guided = masking.guided(*heads, key, embeddings, **draws)
                 selection, scores, (key, visible) = guided[:3]
         # values are projected for visible tokens only, so embeddings are gathered, not values
         if visible is None:
@@ -184,7 +185,7 @@ class SMAEncoder(nn.Module):
         if self.latents is None:
             x, query = visible, self.token_queries(visible)
         else:
-            x, query = self.latents.unsqueeze(0), self.latent_queries()
+            x = self.latents.unsqueeze(0)
         x = self.first(x, query, key, self.first.value(visible), attend)  # (B, M or V, C)
         if self.latents is not None:
             attend = None  # latents are never padding
@@ -427,7 +428,10 @@ class SMAForPrediction(_SMAModel):
         try:
             prediction.encoder.load_state_dict(model.encoder.state_dict())
         except RuntimeError as error:
-            raise ValueError(f"changes: these do not fit the pretrained encoder: {error}") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"changes: these do not fit the pretrained encoder: {reason[:300]}"
+            ) from None
         return prediction
 
     def forward(
@@ -479,6 +483,14 @@ class SMAForPrediction(_SMAModel):
                 f"labels: got shape {tuple(labels.shape)}, allowed is {tuple(shape)} for {kind}"
             )
         if kind == "single_label_classification":
+            if labels.is_floating_point():
+                raise TypeError(f"labels: got {labels.dtype}, allowed is integers for {kind}")
+            known = labels[labels != _NO_TARGET] if _may_look_at(labels) else labels[:0]
+            if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[1]:
+                raise ValueError(
+                    f"labels: holds {int(known.min())} to {int(known.max())}, allowed is 0 to "
+                    f"{logits.shape[1] - 1}"
+                )
             return F.cross_entropy(logits, labels.long())
         known = ~labels.isnan()
         labels = torch.where(known, labels, 0.0).float()
@@ -498,6 +510,11 @@ def _attend(
     attend = ~padding if selection is None else selection.ids_visible >= 0
     # a row without any visible token attends to the empty rows instead of dividing by zero
     return attend | ~attend.any(dim=1, keepdim=True)
+
+
+def _may_look_at(x: Tensor) -> bool:
+    # at its values: on a GPU that would wait for it, in a compiled graph break that
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_masks(inputs: Tensor, attention_mask: Tensor | None, mask: Tensor | None) -> None:

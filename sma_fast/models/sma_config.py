@@ -135,6 +135,16 @@ class SMAConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is at least 1")
+        for name, least in (
+            ("num_self_attends_per_block", 0),
+            ("self_attention_widening_factor", 1),
+            ("cross_attention_widening_factor", 1),
+            ("decoder_widening_factor", 1),
+            ("initializer_range", 0),
+            ("pe_initializer_range", 0),
+        ):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is at least {least}")
         if self.share_decoder_queries and self.decoder_channels != self.embedded_channels:
             raise ValueError(
                 f"decoder_channels: got {self.decoder_channels}, allowed is embedded_channels "

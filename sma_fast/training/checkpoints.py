@@ -35,9 +35,11 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
         place = getattr(error, "filename", None)
-        if place is None:  # the file that was written to last
-            files = [path for path in folder.glob("*") if path.is_file()]
-            place = max(files, key=lambda path: path.stat().st_mtime_ns, default=folder)
+        if place is None:  # the file that was written to last; clocks tick slowly: or the larger
+            files = {path: path.stat() for path in folder.glob("*") if path.is_file()}
+            place = max(
+                files, key=lambda p: (files[p].st_mtime_ns, files[p].st_size), default=folder
+            )
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise CheckpointError(
             f"{place}: cannot be written ({reason}): make room on that disk, or let it be written "
@@ -82,6 +84,15 @@ def remove_old(folder: Path, best_step: int | None, limit: int = 2) -> None:
         if old not in kept and step != best_step:
             (old / COMPLETE).unlink(missing_ok=True)  # first: half of it is never taken for whole
             shutil.rmtree(old)
+
+
+def is_whole(folder: Path) -> bool:
+    """Returns whether `check` finds nothing wrong."""
+    try:
+        check(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def check(folder: Path) -> None:

@@ -24,9 +24,9 @@ from sma_fast.training.data import (
     from_state,
     load_splits,
 )
-from sma_fast.training.data.load import load, select
+from sma_fast.training.data.load import brings_splits, load, select
 from sma_fast.training.data.rows import FILE, LINE
-from sma_fast.training.options import DataOptions, TrainOptions
+from sma_fast.training.options import DataOptions
 
 Inputs = ByteSequences | TableColumns | Pictures
 Labels = ClassLabels | MultiLabels | Targets
@@ -103,6 +103,9 @@ class Encodings:
 def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, datasets.Dataset]:
     """Returns the rows by part: "train", and perhaps "valid" and "test".
 
+    Data sets of the hub and folders of pictures that bring splits keep them, unless a share for
+    the test part is asked for.
+
     Raises:
         DataError: as `load` and the split.
     """
@@ -117,30 +120,39 @@ def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, dat
     }
     source = data.source if len(data.source) > 1 else data.source[0]
     if data.split_column:
-        parts = _by_column(load(source, **named), data)
+        parts = _by_column(load(source, **named), data, data.split_column)
     elif data.validation or data.test:
         own = {"valid": data.validation, "test": data.test}
         own = {part: path for part, path in own.items() if path is not None}
         parts = load_splits({"train": source, **own}, **named)
     else:
-        sizes = {"test": data.test_share or 0.0, "valid": data.share_to_validate}
-        sizes = {part: share for part, share in sizes.items() if share > 0}
-        return load_splits(source, ByIndex({**sizes, "train": None}, data.split_seed), **named)
+        rows = load(source, **named)
+        if not brings_splits(source, data.format, rows) or data.test_share:
+            sizes = {"test": data.test_share or 0.0, "valid": data.share_to_validate}
+            sizes = {part: share for part, share in sizes.items() if share > 0}
+            return ByIndex({**sizes, "train": None}, data.split_seed).apply(rows)
+        parts = _by_column(rows, data, "split")
     if "valid" not in parts and "train" in parts and data.share_to_validate > 0:
         cut = ByIndex({"valid": data.share_to_validate, "train": None}, data.split_seed)
         parts |= cut.apply(parts["train"])
     return parts
 
 
-def _by_column(rows: datasets.Dataset, data: DataOptions) -> dict[str, datasets.Dataset]:
-    if data.split_column not in rows.column_names:
-        return ByColumn(data.split_column).apply(rows)  # says which columns there are
-    usual = {"train": ["train"], "valid": ["valid", "validation", "val"], "test": ["test"]}
-    free = set(rows.unique(data.split_column)) - set((data.parts or {}).values())
+def _by_column(
+    rows: datasets.Dataset, data: DataOptions, column: str
+) -> dict[str, datasets.Dataset]:
+    if column not in rows.column_names:
+        return ByColumn(column).apply(rows)  # says which columns there are
+    usual = {
+        "train": ["train", "training"],
+        "valid": ["valid", "validation", "val", "dev"],
+        "test": ["test"],
+    }
+    free = set(map(str, rows.unique(column))) - set((data.parts or {}).values())
     named = {part: [v for v in values if v in free] for part, values in usual.items()}
     named |= {part: [value] for part, value in (data.parts or {}).items()}
     named = {part: values for part, values in named.items() if any(values)}
-    return ByColumn(data.split_column, named or None).apply(rows)
+    return ByColumn(column, named or None).apply(rows)
 
 
 def fit_inputs(
@@ -174,6 +186,27 @@ def fit_inputs(
     )
 
 
+def check_options(kind: type, data: DataOptions) -> None:
+    """Refuses options that mean nothing for an encoding.
+
+    Args:
+        kind: of the encoding, a value of `ENCODINGS`.
+        data: the options.
+
+    Raises:
+        RunError: naming the option.
+    """
+    given = {
+        "alphabet": (data.alphabet is not None, ByteSequences, "sequences"),
+        "too_long": (data.too_long != "error", ByteSequences, "sequences"),
+        "resize": (data.resize is not None, Pictures, "pictures"),
+        "size": (data.size is not None, Pictures, "pictures"),
+    }
+    for name, (is_given, allowed, called) in given.items():
+        if is_given and kind is not allowed:
+            raise RunError(f"{name}: got {getattr(data, name)!r}, allowed is for {called} only")
+
+
 def known_inputs(known: Inputs, data: DataOptions, called: str = "inputs") -> Inputs:
     """Returns the encoding of a checkpoint for rows that may name the column otherwise.
 
@@ -185,9 +218,8 @@ def known_inputs(known: Inputs, data: DataOptions, called: str = "inputs") -> In
     Raises:
         RunError: where a table's columns are not those that the checkpoint was trained on.
     """
+    check_options(type(known), data)
     if isinstance(known, TableColumns):
-        if data.resize or data.size:
-            raise RunError("resize, size: allowed is neither beside a checkpoint of a table")
         if data.inputs and list(data.inputs) != list(known.columns):
             raise RunError(
                 f"{called}: got {', '.join(data.inputs)}, allowed is {', '.join(known.columns)}, "
@@ -216,13 +248,15 @@ def one_column(data: DataOptions, called: str = "inputs") -> str | None:
 
 
 def rows_to_read(data: DataOptions) -> datasets.Dataset:
-    """Returns all rows of a source; with `split_column` or a test source, those of the test part.
+    """Returns the rows of the test part where there is one, as training cut it, or all of them.
 
     Raises:
-        RunError: where `split_column` names no row of a test part.
+        RunError: where `split_column` names no row of a test part, or for a validation part.
         DataError: as `open_parts`.
     """
-    parts = open_parts(dataclasses.replace(data, validation_share=0.0, test_share=0.0))
+    if data.validation or data.validation_share:
+        raise RunError("validation, validation_share: allowed is neither but in training")
+    parts = open_parts(dataclasses.replace(data, validation_share=0.0))
     if data.split_column and "test" not in parts:
         raise RunError(
             f"split_column: got {data.split_column!r}, which has no test part ("
@@ -251,22 +285,19 @@ def fit_labels(task: str, train: datasets.Dataset, labels: tuple[str, ...]) -> L
     return (MultiLabels if task == "multilabel" else Targets).fit(train, list(labels))
 
 
-def drawn_rows(
-    train: datasets.Dataset, options: TrainOptions, data: DataOptions
-) -> datasets.Dataset:
-    """Returns `limit_train` rows of the train part, drawn by `split_seed`, in their order.
+def drawn_rows(train: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    """Returns `limit` rows of the train part, drawn by `seed`, in their order.
 
     Raises:
         RunError: where there are fewer.
     """
-    if options.limit_train is None:
+    if limit is None:
         return train
-    if options.limit_train > len(train):
+    if limit > len(train):
         raise RunError(
-            f"limit_train: got {options.limit_train}, allowed is at most {len(train)}, the rows "
-            "of the train part"
+            f"limit_train: got {limit}, allowed is at most {len(train)}, the rows of the train part"
         )
-    drawn = np.random.default_rng(data.split_seed).permutation(len(train))[: options.limit_train]
+    drawn = np.random.default_rng(seed).permutation(len(train))[:limit]
     return select(train, np.sort(drawn))  # files may be sorted by label
 
 

@@ -91,6 +91,9 @@ class DataOptions:
             raise ValueError("split_column: allowed without validation and test sources only")
         if self.parts and not self.split_column:
             raise ValueError("parts: allowed with split_column only")
+        for part in self.parts or ():
+            if part not in ("train", "valid", "test"):
+                raise ValueError(f"parts: got {part!r}, allowed is train, valid, test")
 
     @property
     def share_to_validate(self) -> float:
@@ -201,6 +204,13 @@ class TrainOptions:
                 f"input_channels: got {config.input_channels}, allowed is 1 with preset "
                 f"{self.preset!r}, which reads tables"
             )
+        if config.encoder_type == "self_attention" and config.masking.num_queries is not None:
+            most = config.max_position_embeddings
+            if config.masking.num_queries > most:
+                raise ValueError(
+                    f"num_queries: got {config.masking.num_queries}, allowed is at most {most}, "
+                    "the longest row"
+                )
         if self.fsdp and not (torch.cuda.is_available() and "WORLD_SIZE" in os.environ):
             raise ValueError(f"fsdp: got {self.fsdp!r}, allowed is with GPUs under torchrun only")
         if self.mask == "guided" and config.encoder_type == "cross_attention":

@@ -249,7 +249,7 @@ PRESETS = {
         "full": Preset(
             "pictures",
             _IMAGE,
-            {"mask_ratio": 0.5, "num_per_query": 576, "anneal_by": "pool"},  # (chosen): R = 32
+            {"mask_ratio": 0.5, "num_queries": 32, "anneal_by": "pool"},  # (chosen)
             Schedule(64, 1e-4, 0.01, 5000, 100),
             Schedule(64, 5e-5, 0.01, 500, 50),
         ),
@@ -269,7 +269,7 @@ PRESETS = {
                 "initializer_range": 0.05,
                 "pe_initializer_range": 0.05,
             },
-            {"mask_ratio": 0.5, "num_per_query": 64, "anneal_by": "pool"},
+            {"mask_ratio": 0.5, "num_queries": 8, "anneal_by": "pool"},
             Schedule(32, 1e-3, 0.01, 100, 2),
             Schedule(32, 5e-4, 0.01, 50, 5),
         ),

@@ -10,11 +10,11 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from sma_fast.models import SMAConfig, SMAForPrediction, SMAForPretraining
@@ -26,6 +26,7 @@ from sma_fast.training.inputs import (
     Encodings,
     Inputs,
     RunError,
+    check_options,
     drawn_rows,
     encoded,
     fit_inputs,
@@ -44,6 +45,8 @@ _RESULTS = "results.json"
 def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     """Pretrains a model and returns what results.json holds.
 
+    The last weights are kept: no loss of masked tokens says how well a model will be fine-tuned.
+
     Args:
         options: how to train.
         data: what on; without a validation part there is no validation loss. It is taken under
@@ -55,9 +58,10 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     if options.tensorboard:
         require("tensorboard")
     options.check()  # options that do not go together are refused before data are read
+    check_options(ENCODINGS[options.start().encoding], data)
     start = _starting_point(options, data, "pretrain")
     parts = open_parts(data)
-    train = drawn_rows(parts["train"], options, data)
+    train = _train_part(parts, options, data)
     encodings = Encodings(fit_inputs(options.start().encoding, train, data, options.config()))
     examples = encoded(parts | {"train": train}, encodings)
     if start is not None:
@@ -99,6 +103,9 @@ def finetune(
     if options.tensorboard:
         require("tensorboard")
     options.check()
+    if options.masking:
+        raise RunError("masking: allowed in pretraining only: fine-tuning masks nothing")
+    check_options(ENCODINGS[options.start().encoding], data)
     source, known = (None, None) if pretrained is None else load_pretrained(pretrained)
     expected = ENCODINGS[options.start().encoding]
     if source is not None and (
@@ -108,6 +115,8 @@ def finetune(
             f"preset: got {options.preset!r}, allowed is the one that {pretrained} was pretrained "
             "with"
         )
+    if source is not None:
+        _check_changes(source.config, options.model)
     start = _starting_point(options, data, f"finetune {task} {labels} {pretrained}")
     if known is not None:
         known = known_inputs(known, data)
@@ -118,7 +127,7 @@ def finetune(
                 f"away: pretrain again with --exclude {' '.join(read)}"
             )
     parts = open_parts(data, labels)
-    train = drawn_rows(parts["train"], options, data)
+    train = _train_part(parts, options, data)
     if known is None:
         config = options.config() if source is None else source.config
         known = fit_inputs(options.start().encoding, train, data, config, labels)
@@ -156,8 +165,8 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
 
     Args:
         folder: that `finetune` or `pretrain` wrote.
-        data: of which `source` is read whole; with `split_column` or a `test` source, the test
-            part.
+        data: where the rows are: the test part with `split_column`, `test_share`, a `test` source
+            or splits of its own, which has to be as in training; otherwise all.
         batch_size: samples at a time.
 
     Raises:
@@ -180,6 +189,17 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
     return metrics.scores(task, output.predictions, output.label_ids, encodings)
 
 
+def _train_part(
+    parts: Mapping[str, datasets.Dataset], options: TrainOptions, data: DataOptions
+) -> datasets.Dataset:
+    if "train" not in parts:
+        raise RunError(
+            f"split_column: got {data.split_column!r}, which has no train part: name one with "
+            "--parts train=VALUE"
+        )
+    return drawn_rows(parts["train"], options.limit_train, data.split_seed)
+
+
 def _config(
     options: TrainOptions,
     inputs: Inputs,
@@ -191,6 +211,18 @@ def _config(
     config = options.config({**sizes, **(changes or {})})
     _check_size(config, inputs)
     return config
+
+
+def _check_changes(config: SMAConfig, changes: Mapping[str, Any]) -> None:
+    # the pretrained encoder stays what it is
+    free = ("attention_dropout_prob", "hidden_dropout_prob", "drop_path_prob")
+    for name, value in changes.items():
+        if name in free or name.startswith("decoder_") or getattr(config, name) == value:
+            continue
+        raise RunError(
+            f"{name}: got {value!r}, allowed is {getattr(config, name)!r}, that of the pretrained "
+            f"model, of which {', '.join(free)} and what begins with decoder_ may be changed"
+        )
 
 
 def _check_size(config: SMAConfig, inputs: Inputs) -> None:
@@ -340,14 +372,14 @@ def _trainer(
         model.gradient_checkpointing_enable()
     if options.fsdp:
         settings["fsdp"] = options.fsdp
-    if validated:
+    if validated and finetuning:  # a pretrained model is its last one: see README
         settings |= {
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
         }
     callbacks = [Curves()] if options.tensorboard else []
-    if options.patience and validated:
+    if options.patience and validated and finetuning:
         from transformers import EarlyStoppingCallback
 
         callbacks.append(EarlyStoppingCallback(options.patience))
@@ -371,10 +403,10 @@ def _train(
     more: Mapping[str, Any],
     on_test: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    began = time.perf_counter()
     if start is None or not trainer.is_over(start):
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    seconds = time.perf_counter() - began
+    elif checkpoints.is_whole(options.out) and (options.out / _RESULTS).is_file():
+        return json.loads((options.out / _RESULTS).read_text())
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     validation = [
@@ -383,7 +415,7 @@ def _train(
     results = {
         **more,
         "steps": trainer.state.global_step,
-        "seconds": seconds,
+        "seconds": trainer.speed.total_seconds,
         "tokens_per_second": trainer.speed.tokens_per_second,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "loss": losses[-1] if losses else None,

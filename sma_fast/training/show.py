@@ -4,6 +4,7 @@ Each row goes through the model alone, so that what is hidden of it depends on t
 and not on the rows beside it.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from sma_fast.training.checkpoints import CheckpointError
 from sma_fast.training.data import ByteSequences, DataError, Examples, Pictures, TableColumns
 from sma_fast.training.data.rows import Rows, arrow
 from sma_fast.training.data.sequences import SPECIAL
-from sma_fast.training.inputs import Encodings, known_inputs, rows_to_read
+from sma_fast.training.inputs import Encodings, RunError, known_inputs, rows_to_read
 from sma_fast.training.options import DataOptions
 from sma_fast.training.pretrained import load_model
 from sma_fast.training.show_plots import PictureRow, Row, TableRow, TextRow
@@ -62,8 +63,14 @@ def show(
     try:
         beside.write_bytes(drawing.getvalue())
         beside.replace(out)
+    except OSError as error:
+        raise RunError(
+            f"{out}: cannot be written ({error.strerror or error}): make room on that disk, or "
+            "name another file with --out"
+        ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
     return [line(row) for row in prepared] + [f"{out}: {len(prepared)} rows"]
 
 

@@ -28,6 +28,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback  # noqa: E402
+from transformers.trainer_callback import ExportableState  # noqa: E402
 from transformers.trainer_utils import EvalLoopOutput  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -42,30 +43,51 @@ EVALUATION_SEED = 0  # of the masks that a validation loss is taken over
 STAGES = 4  # of annealing under torch.compile, which compiles a step for each, and keeps 8 at most
 
 
-class Speed(TrainerCallback):
-    """Takes the time of steps with the reading of their data, without evaluation and saving.
+class Speed(TrainerCallback, ExportableState):
+    """Takes the time of a run, over all its sessions; checkpoints keep it.
 
     Attributes:
-        tokens_per_second: of this session's steps, over all processes; None before the first.
+        tokens: of the steps so far, over all processes.
+        seconds: of these steps with the reading of their data, without evaluation and saving.
+        before: seconds that earlier sessions took in all.
     """
 
     def __init__(self) -> None:
-        self.tokens_per_second: float | None = None
-        self.seconds, self.last, self.before = 0.0, 0.0, 0
+        self.tokens, self.seconds, self.before = 0, 0.0, 0.0
+        self._seen, self._last, self._began = 0, 0.0, None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of training steps; None before the first."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    @property
+    def total_seconds(self) -> float:
+        """Of the whole run, evaluation and saving included."""
+        return self.before + (0 if self._began is None else time.perf_counter() - self._began)
+
+    def state(self) -> dict:
+        kept = {"tokens": self.tokens, "seconds": self.seconds, "before": self.total_seconds}
+        return {"args": {}, "attributes": kept}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.before, self.last = state.num_input_tokens_seen, time.perf_counter()
+        self._seen, self._last = state.num_input_tokens_seen, time.perf_counter()
+        self._began = self._last
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         now = time.perf_counter()
-        self.seconds, self.last = self.seconds + now - self.last, now
-        self.tokens_per_second = (state.num_input_tokens_seen - self.before) / self.seconds
+        self.seconds, self._last = self.seconds + now - self._last, now
+        self.tokens += state.num_input_tokens_seen - self._seen
+        self._seen = state.num_input_tokens_seen
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
-        self.last = time.perf_counter()
+        self._last = time.perf_counter()
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        self.last = time.perf_counter()
+        self._last = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.before, self._began = self.total_seconds, None
 
 
 class LossBar(ProgressCallback):
@@ -73,10 +95,10 @@ class LossBar(ProgressCallback):
 
     Args:
         title: what stands before the bar.
-        speed: what measures the tokens/s. Default: they are not shown.
+        speed: returns what measures the tokens/s. Default: they are not shown.
     """
 
-    def __init__(self, title: str = "", speed: Speed | None = None) -> None:
+    def __init__(self, title: str = "", speed: Callable[[], Speed] | None = None) -> None:
         super().__init__()
         self.title = title
         self.speed = speed
@@ -96,8 +118,8 @@ class LossBar(ProgressCallback):
         if self.training_bar is None or "loss" not in logs:
             return
         shown = {"loss": f"{float(logs['loss']):.4f}"}
-        if self.speed is not None and self.speed.tokens_per_second is not None:
-            shown["tokens/s"] = f"{self.speed.tokens_per_second:.3g}"
+        if self.speed is not None and self.speed().tokens_per_second is not None:
+            shown["tokens/s"] = f"{self.speed().tokens_per_second:.3g}"
         self.training_bar.set_postfix(**shown)
 
 
@@ -174,10 +196,9 @@ class SMATrainer(Trainer):
         self.save_beside = save_beside
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
-        self.speed = Speed()
-        self.add_callback(self.speed)
+        self.add_callback(Speed())
         if self.args.should_save and not self.args.disable_tqdm:
-            self.add_callback(LossBar(title, self.speed))
+            self.add_callback(LossBar(title, lambda: self.speed))
         self.add_callback(Annealing(self.model, staged=self.args.torch_compile))
         self.unwrapped = self.model  # before DDP, FSDP or torch.compile
         self._num_targets = self.model.num_targets
@@ -185,6 +206,11 @@ class SMATrainer(Trainer):
         self._batch = (-1, 0)  # step, and batches of it that were seen
         self._rows_evaluated = 0  # by all processes, in this evaluation
         self._sums: dict[str, torch.Tensor] = {}  # (2,) by name: of losses and of targets in it
+
+    @property
+    def speed(self) -> Speed:
+        """What takes the time; a resumed run has another one than it began with."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, Speed))
 
     def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None):
         # whole steps only, so that an epoch does not depend on how a step is cut into batches
@@ -297,14 +323,20 @@ class SMATrainer(Trainer):
         return output.loss, output.logits.float(), labels
 
     def _maskings(self) -> dict[str, SMAMasking | None]:
-        # A guided mask changes with the model, and is harder for a better one: what compares
-        # checkpoints is the loss under random masks.
+        # a guided mask changes with the model: the loss under random ones is of the same tokens
         if not isinstance(self.unwrapped, SMAForPretraining):
             return {"loss": None}
         masking = self.unwrapped.config.masking
         if masking.mask == "random":
             return {"loss": masking}
-        return {"loss": dataclasses.replace(masking, mask="random"), "guided_loss": masking}
+        config = self.unwrapped.config
+        guided = masking
+        if config.encoder_type == "cross_attention":  # as many queries whatever the batch's length
+            length, latents = config.max_position_embeddings, config.num_latents
+            guided = dataclasses.replace(
+                masking, num_queries=masking.count_queries(length, latents)
+            )
+        return {"loss": dataclasses.replace(masking, mask="random"), "guided_loss": guided}
 
     def _without_fillers(self, inputs: dict) -> dict:
         # several processes fill up the last batch with rows of the first, which must not count
@@ -356,6 +388,7 @@ class SMATrainer(Trainer):
         if state.global_step < self.args.max_steps and not control.get("should_training_stop"):
             return False
         self.state = state
+        vars(self.speed).update(state.stateful_callbacks.get("Speed", {}).get("attributes", {}))
         if self.args.load_best_model_at_end and state.best_global_step:
             folder = folder.parent / f"checkpoint-{state.best_global_step}"
         checkpoints.check(folder)
@@ -404,8 +437,8 @@ class SMATrainer(Trainer):
 
 
 def _seed(*words: int) -> int:
-    # an int64 from a few numbers, far from those of other words
-    state = np.random.SeedSequence(words).generate_state(2)
+    # an int64 from a few numbers, another one for other numbers: zeros behind count, too
+    state = np.random.SeedSequence([len(words), *words]).generate_state(2)
     return int(state[0]) << 31 ^ int(state[1])
 
 

@@ -109,6 +109,18 @@ def load(
     return dataset
 
 
+def brings_splits(source: Source, format: str | None, dataset: datasets.Dataset) -> bool:
+    """Returns whether a source comes cut into splits: one of the hub, or folders of pictures.
+
+    Args:
+        source, format: as for `load`.
+        dataset: what it returned.
+    """
+    paths = [source] if isinstance(source, str | os.PathLike) else list(source)
+    kinds = {_format_of(path, format) for path in paths}
+    return kinds <= {"hub", "pictures"} and "split" in dataset.column_names
+
+
 def select(dataset: datasets.Dataset, rows: np.ndarray) -> datasets.Dataset:
     """Returns some rows of a data set, without copying them.
 
