@@ -1,7 +1,7 @@
 """A whole pretraining step, forward and backward, beside the published model's and random masks.
 
 "changed parts" is the step of a model without the layers after the first, which this project leaves
-as they are; "whole" has four of them.
+as they are; "whole" has four of them, and "untouched layers" is these four alone.
 """
 
 import functools
@@ -40,6 +40,17 @@ def bench_pretraining_step(measure, settings, name, part):
     measure(
         harness.Case("pretraining_step", part, _shape(name), steps.ours(step), peers, _check_finite)
     )
+
+
+@pytest.mark.parametrize("name", steps.BATCH)
+def bench_pretraining_step_untouched_layers(measure, settings, name):
+    if settings.device != "cpu" or settings.dtype != torch.float32:
+        pytest.skip("a step is compared on the CPU in float32")
+    layers = steps.untouched(steps.build(name, quick=settings.quick))
+    case = harness.Case(
+        "pretraining_step", "untouched layers", _shape(name), layers, {}, _check_finite
+    )
+    measure(case)
 
 
 @pytest.mark.parametrize("name", steps.BATCH)

@@ -105,18 +105,15 @@ def _untouched(result: dict) -> list[str]:
     }
     lines = []
     for (shape, part), row in rows.items():
-        if part != "whole" or (shape, "changed parts") not in rows:
+        if part != "whole" or (shape, "untouched layers") not in rows:
             continue
-        changed = rows[shape, "changed parts"]
-        shares = []
-        for whole_s, part_s in (
-            (row["ours_s"], changed["ours_s"]),
-            *[(x["peers"]["published"]["median_s"] for x in (row, changed))],
-        ):
-            shares.append(max(0.0, 1 - part_s / whole_s))
+        layers_s = rows[shape, "untouched layers"]["ours_s"]
+        ours, published = (
+            layers_s / whole_s for whole_s in (row["ours_s"], row["peers"]["published"]["median_s"])
+        )
         lines.append(
-            f"A step on {shape}: {shares[0]:.0%} of ours and {shares[1]:.0%} of the published one "
-            "lie in layers that this project leaves as they are (whole less changed parts)."
+            f"A step on {shape}: {ours:.0%} of ours and {published:.0%} of the published one lie "
+            "in layers that this project leaves as they are."
         )
     return lines
 

@@ -133,6 +133,25 @@ def published_loss(step: Step) -> tuple[Tensor, Tensor]:
     return published_step.decoder_loss(step.model, step.inputs, x, attend, mask), mask
 
 
+def untouched(step: Step) -> Callable[[], Tensor]:
+    """Returns the forward and backward pass of the layers that are the same in both steps."""
+    valid = step.valid
+    if valid is None:
+        valid = torch.ones(step.inputs.shape[:2], dtype=torch.int64)
+    with torch.no_grad():
+        x, attend, _ = published_step.first_layer(step.model, step.inputs, valid, step.draws)
+    x.requires_grad_()
+
+    def run() -> Tensor:
+        step.model.zero_grad()
+        x.grad = None
+        out = published_step.later_layers(step.model, x, attend).square().mean()
+        out.backward()
+        return out
+
+    return run
+
+
 def check_same_loss(step: Step) -> None:
     """Asserts that both give the same loss to 1e-5, with the published step's mask."""
     with torch.no_grad():

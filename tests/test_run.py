@@ -15,6 +15,7 @@ from sma_fast import cli
 from sma_fast.training import run
 from sma_fast.training.options import DataOptions, TrainOptions
 from sma_fast.training.pretrained import preset_of
+from sma_fast.training.show import show
 
 TINY = {
     "embedded_channels": 16,
@@ -47,7 +48,7 @@ def data(table: Path, **changes: object) -> DataOptions:
 
 def options(out: Path, **changes: object) -> TrainOptions:
     given = {"preset": "physics", "scale": "small", "batch_size": 16, "steps": 2}
-    return TrainOptions(out=out, model=TINY, progress_bar=False, **(given | changes))
+    return TrainOptions(out=out, **({"model": TINY, "progress_bar": False} | given | changes))
 
 
 def test_labels_never_are_inputs(table: Path, tmp_path: Path) -> None:
@@ -286,6 +287,19 @@ def test_what_does_not_fit_save_pretrained(table: Path, tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"holds no SMAForPretraining: .*model.safetensors"):
         run.finetune(options(tmp_path / "out"), rows, *more)
+
+
+def test_evaluate_and_show_of_save_pretrained(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(run.RunError, match=r"source: has no data.json, so nothing says how"):
+        run.evaluate(saved(tmp_path / "source"), data(table))
+    sizes = {"num_latents": 4, "v_channels": 16, "max_position_embeddings": 32}
+    given = options(tmp_path, preset="protein", model=TINY | sizes)
+    run.SMAForPretraining(given.config()).save_pretrained(tmp_path / "bytes")
+    texts = tmp_path / "texts.csv"
+    texts.write_text("sequence,other\n" + "MKVLAAGIVGLCA,1\n" * 5)
+    source = DataOptions((str(texts),), cache=str(tmp_path / "cache"))
+    assert set(run.evaluate(tmp_path / "bytes", source)) == {"loss", "guided_loss"}
+    assert len(show(tmp_path / "bytes", source, tmp_path / "masks.png", rows=2)) == 3
 
 
 def test_a_run_is_not_taken_for_save_pretrained(table: Path, tmp_path: Path) -> None:

@@ -4,9 +4,20 @@ import contextlib
 import json
 from pathlib import Path
 
+import datasets
+
 from sma_fast.models import SMAForPrediction, SMAForPretraining
 from sma_fast.training import checkpoints
-from sma_fast.training.inputs import DATA, Encodings, Inputs
+from sma_fast.training.inputs import (
+    DATA,
+    Encodings,
+    Inputs,
+    RunError,
+    fit_inputs,
+    known_inputs,
+    rows_to_read,
+)
+from sma_fast.training.options import DataOptions
 
 RUN = "run.json"  # what was asked for, in the folder of a run
 
@@ -34,11 +45,41 @@ def load_pretrained(folder: Path) -> tuple[SMAForPretraining, Inputs | None]:
     Raises:
         CheckpointError: as `load_model`.
     """
-    signs = (folder / DATA, folder / RUN, folder / checkpoints.COMPLETE, folder.parent / RUN)
-    saved = {"config.json", "model.safetensors"} <= {path.name for path in folder.glob("*")}
-    if saved and not any(path.exists() for path in signs):
+    if only_saved(folder):
         return _loaded(folder, SMAForPretraining), None
     return load_model(folder, SMAForPretraining), Encodings.read(folder).inputs
+
+
+def only_saved(folder: Path) -> bool:
+    """Returns whether a folder is of `save_pretrained`, with no sign of a run that wrote it."""
+    signs = (folder / DATA, folder / RUN, folder / checkpoints.COMPLETE, folder.parent / RUN)
+    saved = {"config.json", "model.safetensors"} <= {path.name for path in folder.glob("*")}
+    return saved and not any(path.exists() for path in signs)
+
+
+def open_pretrained(
+    folder: Path, data: DataOptions, called: str = "inputs"
+) -> tuple[SMAForPretraining, Inputs, datasets.Dataset]:
+    """Returns a pretrained model, the encoding of its inputs, and the rows of `data` to look at.
+
+    Args:
+        folder: of `pretrain`, or of `save_pretrained` alone, where its tokens are bytes.
+        data: where the rows are.
+        called: what messages call `data.inputs`.
+
+    Raises:
+        RunError, DataError, CheckpointError: saying what to do.
+    """
+    model, known = load_pretrained(folder)
+    if known is not None:
+        return model, known_inputs(known, data, called), rows_to_read(data)
+    if model.config.input_type != "discrete":
+        raise RunError(
+            f"{folder}: has no {DATA}, so nothing says how its table or pictures were "
+            "standardised: name a folder that sma-fast pretrain or finetune wrote"
+        )
+    rows = rows_to_read(data)
+    return model, fit_inputs("bytes", rows, data, model.config), rows
 
 
 def preset_of(folder: Path) -> dict[str, str]:

@@ -36,7 +36,13 @@ from sma_fast.training.inputs import (
     rows_to_read,
 )
 from sma_fast.training.options import TASKS, DataOptions, TrainOptions
-from sma_fast.training.pretrained import RUN, load_model, load_pretrained
+from sma_fast.training.pretrained import (
+    RUN,
+    load_model,
+    load_pretrained,
+    only_saved,
+    open_pretrained,
+)
 from sma_fast.training.trainer import Curves, SMATrainer, training_arguments
 
 _RESULTS = "results.json"
@@ -172,11 +178,15 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
     Raises:
         RunError, DataError, CheckpointError: saying what to do.
     """
-    encodings = Encodings.read(folder)
-    kind = SMAForPretraining if encodings.labels is None else SMAForPrediction
-    model = load_model(folder, kind)
-    encodings = dataclasses.replace(encodings, inputs=known_inputs(encodings.inputs, data))
-    examples = encoded({"rows": rows_to_read(data)}, encodings)
+    known = None if only_saved(folder) else Encodings.read(folder)
+    if known is None or known.labels is None:
+        model, inputs, rows = open_pretrained(folder, data)
+        encodings = Encodings(inputs)
+    else:
+        model = load_model(folder, SMAForPrediction)
+        encodings = dataclasses.replace(known, inputs=known_inputs(known.inputs, data))
+        rows = rows_to_read(data)
+    examples = encoded({"rows": rows}, encodings)
     with tempfile.TemporaryDirectory(prefix="sma_fast-") as scratch:  # the Trainer wants one
         arguments = training_arguments(
             Path(scratch), per_device_eval_batch_size=batch_size, disable_tqdm=True
@@ -343,6 +353,8 @@ def _trainer(
     warmup = schedule.warmup_steps
     if options.warmup_steps is None:
         warmup = min(warmup, steps // 5)  # the preset's is for longer runs
+        if warmup < schedule.warmup_steps:
+            _say(f"warm-up: {warmup} steps, a fifth of the run, not {schedule.warmup_steps}")
     validated = "valid" in examples
     settings = {
         "max_steps": steps,

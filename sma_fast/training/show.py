@@ -21,9 +21,9 @@ from sma_fast.training.checkpoints import CheckpointError
 from sma_fast.training.data import ByteSequences, DataError, Examples, Pictures, TableColumns
 from sma_fast.training.data.rows import Rows, arrow
 from sma_fast.training.data.sequences import SPECIAL
-from sma_fast.training.inputs import Encodings, RunError, known_inputs, rows_to_read
+from sma_fast.training.inputs import Encodings, RunError
 from sma_fast.training.options import DataOptions
-from sma_fast.training.pretrained import load_model
+from sma_fast.training.pretrained import only_saved, open_pretrained
 from sma_fast.training.show_plots import PictureRow, Row, TableRow, TextRow
 
 MOST = 24  # rows of a figure
@@ -90,15 +90,13 @@ def prepare(
         ValueError, RunError, DataError, CheckpointError: saying what to do.
     """
     _check_choice(rows, chosen, seed)
-    encodings = Encodings.read(folder)
-    if encodings.labels is not None:
+    if not only_saved(folder) and Encodings.read(folder).labels is not None:
         raise CheckpointError(
             f"{folder}: holds a fine-tuned model, which masks nothing: name the folder of sma-fast "
             "pretrain that it was trained from"
         )
-    model = load_model(folder, SMAForPretraining).eval()
-    inputs = known_inputs(encodings.inputs, data, called="input")
-    dataset = rows_to_read(data)
+    model, inputs, dataset = open_pretrained(folder, data, called="input")
+    model.eval()
     numbers = _numbers(len(dataset), rows, chosen, seed)
     examples, table = Examples(dataset, inputs), arrow(dataset, inputs.columns)
     masking = model.config.masking

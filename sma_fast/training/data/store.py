@@ -1,10 +1,12 @@
 """Arrow files on disk that data sets are memory-mapped from."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +19,7 @@ from sma_fast.training.data.errors import DataError
 from sma_fast.training.data.rows import FILE
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OLD = 24 * 3600  # seconds, after which nobody writes to an unfinished file
 VERSION = 1  # of what is written; another one is written anew
 
 
@@ -37,6 +40,10 @@ def cache_folder(cache: str | os.PathLike | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _no_place(folder, error) from error
+    for left in folder.glob("*.part"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _OLD:
+                left.unlink()
     return folder
 
 
