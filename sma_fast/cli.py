@@ -13,7 +13,7 @@ import sma_fast
 from sma_fast import _dispatch
 
 _DEMO_NEEDS = ("transformers", "accelerate", "sklearn", "matplotlib")
-_STAGES = 4  # of sma_fast.training.trainer, which is not imported for a help text
+_STAGES = 4  # of sma_fast.training.callbacks, which is not imported for a help text
 _RESULT = "The folder of --out then holds the model, results.json and the last checkpoints."
 _TRAIN_NEEDS = ("transformers", "accelerate", "datasets", "sklearn", "safetensors")
 

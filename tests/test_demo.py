@@ -17,7 +17,7 @@ from torch import nn
 import sma_fast
 from sma_fast import _dispatch, cli
 from sma_fast.training import demo, demo_backends
-from sma_fast.training.pretrain import pretrain
+from sma_fast.training.demo_pretrain import pretrain
 from sma_fast.training.probe import STRENGTHS, linear_probe
 
 STEPS, SEEDS = 6, 2

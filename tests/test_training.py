@@ -275,7 +275,7 @@ def test_annealing_is_compiled_once_a_stage() -> None:
     from torch._dynamo.testing import CompileCounter
 
     from sma_fast.models import SMAConfig, SMAForPretraining
-    from sma_fast.training.trainer import STAGES, stage
+    from sma_fast.training.callbacks import STAGES, stage
 
     masking = SMAMasking(select_initial_ratio=1.0, schedule_length_ratio=0.5, num_per_query=1)
     config = SMAConfig(

@@ -22,7 +22,7 @@ import sma_fast
 from sma_fast.masking.sma import SMAMasking
 from sma_fast.models import SMAConfig, SMAForPretraining
 from sma_fast.training import demo_backends, demo_plots
-from sma_fast.training.pretrain import Curve, pretrain
+from sma_fast.training.demo_pretrain import Curve, pretrain
 from sma_fast.training.probe import Probe, linear_probe
 
 MASKS = ("guided", "random")

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from sma_fast.training.pretrain import Curve
+from sma_fast.training.demo_pretrain import Curve
 
 GUIDED, RANDOM = "#c8502d", "#2d6cb4"
 COLOURS = {"guided": GUIDED, "random": RANDOM}

@@ -110,13 +110,27 @@ class TrainOptions:
         preset, scale: see `sma_fast.training.presets`.
         mask: "guided" or "random", for pretraining.
         model, masking: fields of SMAConfig and SMAMasking that differ from the preset.
-        steps: optimiser steps; takes the place of `epochs`.
+        epochs: passes over the train part, above 0.
+        steps: optimiser steps, at least 1; takes the place of `epochs`.
+        batch_size: rows of a step, over all processes and accumulated batches.
+        learning_rate: at its peak, above 0.
+        weight_decay: of AdamW, at least 0.
+        warmup_steps: over which the learning rate rises, at least 0. Default: the preset's, at most
+            a fifth of the run.
+        scheduler: "cosine", "constant" or "linear", after the warm-up.
+        seed: of weights, order, masks and dropout, in [0, 2^32).
         accumulate: batches whose gradients make a step.
         workers: processes that read data.
-        save_steps: steps between checkpoints. Default: ten in a run.
+        bf16: autocast to bfloat16.
+        compile: torch.compile; annealed masks then change in stages.
+        gradient_checkpointing: computes activations again in the backward pass.
+        fsdp: mode of transformers.TrainingArguments, on GPUs under torchrun.
+        save_steps: steps between checkpoints, and validations. Default: ten in a run.
         resume: go on from the newest whole checkpoint in `out`.
-        patience: evaluations without a better one after which fine-tuning stops. Default: never.
+        tensorboard: write curves.
+        patience: validations without a better one after which fine-tuning stops. Default: never.
         limit_train: use this many rows of the train part only, at least 1.
+        progress_bar: whether there is one.
     """
 
     out: Path

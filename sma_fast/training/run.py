@@ -8,7 +8,6 @@ what came out (results.json).
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from sma_fast.models import SMAConfig, SMAForPrediction, SMAForPretraining
 from sma_fast.training import checkpoints, metrics
+from sma_fast.training.callbacks import Curves
 from sma_fast.training.data import Collator, Examples
 from sma_fast.training.extras import require
 from sma_fast.training.inputs import (
@@ -37,13 +37,13 @@ from sma_fast.training.inputs import (
 )
 from sma_fast.training.options import TASKS, DataOptions, TrainOptions
 from sma_fast.training.pretrained import (
-    RUN,
     load_model,
     load_pretrained,
     only_saved,
     open_pretrained,
 )
-from sma_fast.training.trainer import Curves, SMATrainer, training_arguments
+from sma_fast.training.start import say, starting_point
+from sma_fast.training.trainer import SMATrainer, training_arguments
 
 _RESULTS = "results.json"
 
@@ -65,7 +65,7 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
         require("tensorboard")
     options.check()  # options that do not go together are refused before data are read
     check_options(ENCODINGS[options.start().encoding], data)
-    start = _starting_point(options, data, "pretrain")
+    start = starting_point(options, data, "pretrain")
     parts = open_parts(data)
     train = _train_part(parts, options, data)
     encodings = Encodings(fit_inputs(options.start().encoding, train, data, options.config()))
@@ -123,7 +123,7 @@ def finetune(
         )
     if source is not None:
         _check_changes(source.config, options.model)
-    start = _starting_point(options, data, f"finetune {task} {labels} {pretrained}")
+    start = starting_point(options, data, f"finetune {task} {labels} {pretrained}")
     if known is not None:
         known = known_inputs(known, data)
         read = sorted(set(labels) & set(known.columns))
@@ -248,85 +248,6 @@ def _check_size(config: SMAConfig, inputs: Inputs) -> None:
         )
 
 
-def _starting_point(options: TrainOptions, data: DataOptions, what: str) -> Path | None:
-    # the checkpoint to go on from; None: from the start
-    asked = json.dumps(
-        {"what": what, "options": _plain(options), "data": _plain(data)}, default=str, indent=1
-    )
-    file = options.out / RUN
-    finished = checkpoints.complete_ones(options.out)
-    if not options.resume and (finished or (options.out / checkpoints.COMPLETE).is_file()):
-        raise RunError(
-            f"{options.out}: holds checkpoints of an earlier run: add --resume to go on with it, "
-            "or name another folder with --out"
-        )
-    if options.resume and finished:
-        now = json.loads(asked)
-        before = _read_run(file)
-        if before != now:
-            raise RunError(
-                f"{file}: the run was started with other options: "
-                f"{', '.join(_differences(before, now))}: give the same ones, or another --out"
-            )
-        start = checkpoints.newest(options.out)
-        _say(f"going on from {start}")
-        return start
-    if options.resume and (options.out / checkpoints.COMPLETE).is_file():
-        raise RunError(
-            f"{options.out}: holds a finished model and no checkpoint to go on from: name another "
-            "folder with --out"
-        )
-    if options.resume:
-        _say(f"{options.out}: holds no finished checkpoint: starting from the beginning")
-    if _first_process():
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_whole(file, asked)
-        except OSError as error:
-            raise RunError(
-                f"{file}: cannot be written ({error.strerror or error}): make room on that disk, "
-                "or name another folder with --out"
-            ) from error
-    return None
-
-
-def _first_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def _say(text: str) -> None:
-    if _first_process():
-        print(f"sma-fast: {text}", file=sys.stderr)
-
-
-def _read_run(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file}: cannot be read ({error}), so nothing says how the run was started: name "
-            "another folder with --out"
-        ) from None
-
-
-def _plain(options: TrainOptions | DataOptions) -> dict[str, Any]:
-    fields = dataclasses.asdict(options)
-    for name in ("resume", "progress_bar", "workers", "tensorboard", "cache", "out"):
-        fields.pop(name, None)  # a resumed run may differ in these
-    return fields
-
-
-def _differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:
-    found = []
-    for name in sorted({*before, *now}):
-        was, is_now = before.get(name), now.get(name)
-        if isinstance(was, dict) and isinstance(is_now, dict):
-            found += _differences(was, is_now, f"{prefix}{name}.")
-        elif was != is_now:
-            found.append(f"{prefix}{name} was {was!r}")
-    return found
-
-
 def _trainer(
     model: SMAForPretraining | SMAForPrediction,
     options: TrainOptions,
@@ -354,7 +275,7 @@ def _trainer(
     if options.warmup_steps is None:
         warmup = min(warmup, steps // 5)  # the preset's is for longer runs
         if warmup < schedule.warmup_steps:
-            _say(f"warm-up: {warmup} steps, a fifth of the run, not {schedule.warmup_steps}")
+            say(f"warm-up: {warmup} steps, a fifth of the run, not {schedule.warmup_steps}")
     validated = "valid" in examples
     settings = {
         "max_steps": steps,

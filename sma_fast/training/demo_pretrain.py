@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 from transformers import ProgressCallback, Trainer
 from transformers.utils import logging
 
-from sma_fast.training.trainer import LossBar, training_arguments
+from sma_fast.training.callbacks import LossBar
+from sma_fast.training.trainer import training_arguments
 
 
 @dataclass(frozen=True)
