@@ -136,7 +136,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=(*SCIENCES, *TASKS), help="these only")
     parser.add_argument("--steps", type=int, help="of every run, to try the command out")
     parser.add_argument("--save", action="store_true", help="summary into bench/results")
+    parser.add_argument(
+        "--table", type=Path, metavar="JSON", help="print that summary, run nothing"
+    )
     options = parser.parse_args(arguments)
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return 0
     if options.save and options.steps:
         parser.error("--save: allowed without --steps only")
     if not options.data.is_dir():
@@ -345,35 +351,46 @@ def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]
 
 
 def table(summary: dict) -> str:
-    """Returns the summary as Markdown."""
+    """Returns the summary as Markdown, a table of tasks and one of pretraining for each science."""
 
     def cell(entry: dict) -> str:
         spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
         return f"{entry['mean']:.3f}{spread}"
 
-    lines = [
-        "| task | measure | guided | random | none | baselines | steps | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, task in summary["tasks"].items():
-        seconds = statistics.mean(task[start]["seconds"]["mean"] for start in STARTS)
-        for measure in TASKS[name].measures:
-            cells = [cell(task[start][measure]) for start in STARTS]
-            plain = [f"{m} {e[measure]['mean']:.3f}" for m, e in task["baselines"].items()]
+    lines = []
+    for science in SCIENCES:
+        tasks = {n: t for n, t in summary["tasks"].items() if TASKS[n].science == science}
+        if not tasks:
+            continue
+        lines += [
+            f"{science}:",
+            "",
+            "| task | measure | guided | random | none | baselines | steps | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, task in tasks.items():
+            seconds = statistics.mean(task[start]["seconds"]["mean"] for start in STARTS)
+            for measure in TASKS[name].measures:
+                cells = [cell(task[start][measure]) for start in STARTS]
+                plain = [f"{m} {e[measure]['mean']:.3f}" for m, e in task["baselines"].items()]
+                lines.append(
+                    f"| {name} | {measure} | {' | '.join(cells)} | {', '.join(plain)} | "
+                    f"{task['steps']} | {seconds:.0f} |"
+                )
+        lines += [
+            "",
+            "| pretraining | steps | parameters | seconds | tokens/s | loss under random masks |",
+            "|---|---|---|---|---|---|",
+        ]
+        for mask in STARTS[:2]:
+            entry = summary["pretraining"][f"{science}, {mask}"]
             lines.append(
-                f"| {name} | {measure} | {' | '.join(cells)} | {', '.join(plain)} | "
-                f"{task['steps']} | {seconds:.0f} |"
+                f"| {mask} masks | {entry['steps']} | {entry['parameters']:,} | "
+                f"{entry['seconds']['mean']:.0f} | {entry['tokens_per_second']['mean']:,.0f} | "
+                f"{cell(entry['validation_loss'])} |"
             )
-    loss = "validation loss, random masks"
-    lines += ["", f"| pretraining | steps | parameters | seconds | tokens/s | {loss} |"]
-    lines.append("|---|---|---|---|---|---|")
-    for name, entry in summary["pretraining"].items():
-        lines.append(
-            f"| {name} | {entry['steps']} | {entry['parameters']:,} | "
-            f"{entry['seconds']['mean']:.0f} | {entry['tokens_per_second']['mean']:,.0f} | "
-            f"{cell(entry['validation_loss'])} |"
-        )
-    return "\n".join(lines)
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def _processor() -> str:

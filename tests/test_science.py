@@ -53,13 +53,14 @@ def test_runs_are_done_once_and_summed_up(
         assert tests[0] != tests[1]
         expected.append(f"{sum(tests) / 2:.3f} ± {abs(tests[0] - tests[1]) / 2**0.5:.3f}")
     assert row[2:5] == expected and len(set(expected)) == 3
-    assert "| molecule, guided | 2 |" in shown.out and "| molecule, random | 2 |" in shown.out
+    assert shown.out.startswith("molecule:\n")
+    assert "| guided masks | 2 |" in shown.out and "| random masks | 2 |" in shown.out
 
     (tmp_path / "small" / "finetune-esol-none-1" / "results.json").unlink()
     assert science.main(command) == 0
     again = capsys.readouterr()
     assert "1/1 finetune esol none 1" in again.err and again.err.count("\n") == 2
-    assert again.out.splitlines()[2].split(" | ")[2:5] == expected
+    assert again.out.splitlines()[4].split(" | ")[2:5] == expected
 
 
 def test_a_failed_run_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

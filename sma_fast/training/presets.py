@@ -26,7 +26,7 @@ class Schedule:
         weight_decay: of AdamW.
         warmup_steps: of the learning rate.
         epochs: passes over the data.
-        scheduler: "cosine" to 0, or "constant".
+        scheduler: "cosine" or "linear" to 0, or "constant".
     """
 
     batch_size: int
