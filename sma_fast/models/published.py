@@ -48,7 +48,7 @@ def load_published(config: Mapping, state_dict: Mapping[str, Tensor]) -> SMAForP
     Args:
         config: the authors' config.json. Its masker's arguments are found by their names
             (``masking_ratio``, ...) anywhere in it, and so are the decoder's
-            (``query_num_channels``, ...).
+            (``query_num_channels``, ...). Without a masker the masking is SMAMasking's default.
         state_dict: the checkpoint, with or without the duplicate keys it was saved with.
 
     Returns:

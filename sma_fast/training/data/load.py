@@ -221,7 +221,7 @@ def _of_length(
     if len(inputs) != 1:
         raise DataError(
             f"inputs: got {list(inputs)}, allowed is one column where min_length or max_length "
-            "is given"
+            "is given: name it, such as smiles, sequence or text"
         )
     most = np.inf if most is None else most
     kept, begin = [], 0
