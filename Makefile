@@ -13,7 +13,7 @@ RESULT := .benchmarks/bench.json
 GOLDEN := $(if $(wildcard ../shared/golden/*.npz),$(comma)golden)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h' -o -name '*.c*')
 
-.PHONY: demo test bench science lint gpu clean
+.PHONY: demo test bench science kernels-report lint gpu clean
 
 demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
@@ -29,6 +29,10 @@ bench: .venv/installed
 # real data of three sciences, in DATA (see ../shared/README.md); runs that are done are not repeated
 science: .venv/installed
 	$(BIN)/python -m bench.science --data $(DATA) --out $(SCIENCE_OUT) --scale $(SCALE) --save
+
+# registers, shared memory and spills of Triton's kernels; needs no GPU
+kernels-report: .venv/installed
+	$(BIN)/python -m bench.kernels_report
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -50,6 +50,12 @@ def as_words(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
+def blocks(width: int) -> tuple[int, int]:
+    """Returns how many rows, and columns of them, one program copies."""
+    block_width = min(triton.next_power_of_2(width), 1024)
+    return max(1, 2048 // block_width), block_width
+
+
 def launch(tokens: Tensor, ids: Tensor) -> Tensor:
     """Returns (B, V, ...) tokens at (B, V) ids, zeros where the id is -1 or out of range."""
     batch, visible = ids.shape
@@ -60,8 +66,7 @@ def launch(tokens: Tensor, ids: Tensor) -> Tensor:
     if flat.shape[2] > 1 and flat.stride(2) != 1:
         flat = flat.contiguous()
     width = flat.shape[2]
-    block_width = min(triton.next_power_of_2(width), 1024)
-    block_rows = max(1, 2048 // block_width)
+    block_rows, block_width = blocks(width)
     rows = batch * visible
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
     with torch.cuda.device_of(tokens):

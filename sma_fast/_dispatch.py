@@ -25,7 +25,20 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # kernels/ knows torch and triton only: what must be looked at before a launch stands here
 _TRITON_CHECKS = {
-    "gather_tokens": lambda tokens, ids: reference.check_index("ids", ids, -1, tokens.shape[1]),
+    "attention_scores": lambda q, k, index, heads, *_: _check_queries(index, heads, q),
+    "aggregate_attention": lambda map, index, heads, *_: _check_queries(index, heads, map),
+    "select_tokens": lambda *a: _check("num_masked", a[5], 0, None),
+    "draw_queries": lambda noise, number, rows, padding: _check("num_queries", rows, 0, None),
+    "gather_tokens": lambda tokens, ids: _check("ids", ids, -1, tokens.shape[1]),
+    "gather_tokens_backward": lambda grad, ids, number: _check("ids", ids, -1, number),
+    "restore_tokens": lambda visible, ids, fill: _check(
+        "ids_restore", ids, -1, visible.shape[1] + (fill if fill.dim() == 3 else ids).shape[1]
+    ),
+    "restore_tokens_backward": lambda grad, ids, visible, fill: _check(
+        "ids_restore", ids, -1, visible + (ids.shape[1] if fill is None else fill)
+    ),
+    "self_guided_masking": lambda q, k, tokens, index, heads, *_: _check_queries(index, heads, q),
+    "random_masking": lambda *_: None,
 }
 _forced: str | None = None
 
@@ -41,6 +54,22 @@ def implementation(backend: str, op: str, device_type: str) -> Callable:
     return _native.implementation(backend, op)
 
 
+def _check(name: str, index: torch.Tensor | None, low: int, high: int | None) -> None:
+    if index is not None:
+        reference.check_index(name, index, low, high)
+
+
+def _check_queries(
+    query_index: torch.Tensor | None, head_index: torch.Tensor | None, query: torch.Tensor
+) -> None:
+    # query: (B, H, M, ...)
+    _check("query_index", query_index, -1, query.shape[2])
+    if head_index is not None:
+        if query_index is not None:  # the head of what selects nothing is not looked at
+            head_index = torch.where(query_index < 0, 0, head_index)
+        _check("head_index", head_index, 0, query.shape[1])
+
+
 def _triton(op: str, device_type: str) -> Callable:
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("triton is not installed: pip install triton")
@@ -51,12 +80,13 @@ def _triton(op: str, device_type: str) -> Callable:
         raise Unavailable("sma_fast.kernels is not there: install the package with pip")
     if importlib.util.find_spec(f"sma_fast.kernels.{op}") is None:
         raise Unavailable(f"no Triton kernel for {op} yet")
-    launch = importlib.import_module(f"sma_fast.kernels.{op}").launch
+    module = importlib.import_module(f"sma_fast.kernels.{op}")
 
     def checked(*args):
         _TRITON_CHECKS[op](*args)
-        return launch(*args)
+        return module.launch(*args)
 
+    checked.dtypes = getattr(module, "DTYPES", None)
     return checked
 
 

@@ -107,6 +107,7 @@ def missing_backends() -> dict[str, str]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*ops): run on what implements these ops too")
     config.addinivalue_line("markers", "one_instruction_set: run the CPU's best one only")
+    config.addinivalue_line("markers", "not_interpreted: Triton's interpreter would take minutes")
     # it visits all of torch's loggers for each test, and prints every step of torch.compile
     config.pluginmanager.set_blocked("logging-plugin")
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
@@ -144,6 +145,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = [x for x in every[0] if all(x in others for others in every)]
     if metafunc.definition.get_closest_marker("one_instruction_set"):
         found = list({x.backend: x for x in found}.values())  # the last, which is the best
+    if metafunc.definition.get_closest_marker("not_interpreted"):
+        found = [x for x in found if (x.backend, x.device) != ("triton", "cpu")]
     metafunc.parametrize("backend", found, indirect=True, ids=str)
 
 

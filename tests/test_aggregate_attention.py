@@ -113,6 +113,7 @@ def test_many_rows(backend, values, logits):
     assert ((result - exact).abs() / exact).max() < 3e-7
 
 
+@pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 3),
     heads=st.integers(1, 4),
@@ -147,6 +148,7 @@ def test_logits_are_what_attention_scores_sums(backend):
     torch.testing.assert_close(scores, expected)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("options", ({}, {"head_reduce": "none"}, {"logits": True}), ids=str)
 @pytest.mark.parametrize("batch, tokens", ((5, 300), (1, 5001)))

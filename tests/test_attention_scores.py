@@ -155,12 +155,14 @@ LARGE = {  # 512 rows of one key head are 18 MiB; threads share samples, or one 
 }
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_large(backend, four_threads, name, dtype):
     assert_scores(backend, attention_inputs(dtype, **LARGE[name]))
 
 
+@pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 3),
     latents=st.booleans(),
@@ -242,6 +244,7 @@ REPRODUCIBLE = (
 )
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("options", REPRODUCIBLE, ids=str)
 @pytest.mark.parametrize("batch, tokens", ((16, 300), (5, 4500), (1, 5001)))
 def test_reproducible(backend, batch, tokens, options):

@@ -84,6 +84,7 @@ def assert_drawn(drawn: torch.Tensor, inputs: dict) -> None:
         assert drawn[b, : len(row)].tolist() == row  # -1 stands behind
 
 
+@pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 4),
     candidates=st.sampled_from((0, 1, 2, 7, 16, 33, 65)),
@@ -124,6 +125,7 @@ def test_numbers_of_any_integer_type(backend, dtype):
     assert_same(call(OP, narrow), backend.expected(OP, inputs))
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("batch, candidates", ((16, 700), (2, 20_001)))
 def test_reproducible(backend, batch, candidates):
     noise = torch.rand(batch, candidates, generator=torch.Generator().manual_seed(1))

@@ -61,7 +61,7 @@ def test_other_dtypes(backend, dtype, layout):
     backend.assert_same_as_oracle(OP, gather_inputs(dtype, trailing=(3, 2)), layout)
 
 
-@pytest.mark.needs("gather_tokens_backward")  # not Triton's interpreter, which takes seconds
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype, width", LARGE)
 def test_large(backend, four_threads, dtype, width):
     # an output of more than 8 MiB may be written past them
@@ -69,6 +69,7 @@ def test_large(backend, four_threads, dtype, width):
     backend.assert_same_as_oracle(OP, inputs)
 
 
+@pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 4),
     tokens=st.sampled_from((0, 1, 2, 7, 33, 65)),
@@ -101,6 +102,7 @@ def test_gradients_of_any_layout(backend, dtype, layout):
     assert_gradients(lambda x: [function(x, inputs["ids"])], [tokens], layout)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.needs("gather_tokens_backward")
 @pytest.mark.parametrize("dtype, width", LARGE)
 def test_large_backward(backend, four_threads, dtype, width):
@@ -122,6 +124,7 @@ def test_gradcheck(trailing):
     assert torch.autograd.gradgradcheck(*arguments)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("batch, tokens", ((5, 700), (1, 5001)))
 def test_reproducible(backend, batch, tokens):
     # wide enough for two threads
@@ -130,6 +133,7 @@ def test_reproducible(backend, batch, tokens):
     assert_reproducible(sma_fast.gather_tokens, inputs["tokens"], inputs["ids"])
 
 
+@pytest.mark.not_interpreted
 def test_large_outputs_are_not_used_again_while_alive(backend):
     # freed outputs of 1 MiB and more may be handed out again, but not in deterministic mode
     torch.use_deterministic_algorithms(False)
@@ -146,6 +150,7 @@ def test_large_outputs_are_not_used_again_while_alive(backend):
     assert_same(row, expected[0][1])
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.needs("gather_tokens_backward")
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 def test_backward_reproducible(backend, dtype):

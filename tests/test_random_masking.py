@@ -69,6 +69,7 @@ def test_other_dtypes(backend, dtype, layout):
     backend.assert_same_as_oracle(OP, random_inputs(dtype, trailing=(3, 2)), layout)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype, width", ((torch.float32, 511), (torch.bfloat16, 1024)))
 def test_large(backend, four_threads, dtype, width):
     # an output of more than 8 MiB may be written past them
@@ -76,6 +77,7 @@ def test_large(backend, four_threads, dtype, width):
     backend.assert_same_as_oracle(OP, inputs)
 
 
+@pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 4),
     tokens=st.sampled_from((0, 1, 2, 7, 33, 65)),
@@ -161,6 +163,7 @@ def test_mask_carries_no_gradient(backend):
     assert not mask.requires_grad and not ids_restore.requires_grad
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("batch, tokens", ((5, 700), (1, 20_001)))
 def test_reproducible(backend, batch, tokens):
     # wide enough for two threads

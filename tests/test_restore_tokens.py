@@ -68,12 +68,14 @@ def large(dtype: torch.dtype, width: int, fill: str) -> dict:
     return restore_inputs(dtype, batch=2, tokens=2300, masked=50, width=width, fill=fill)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype, width", LARGE)
 @pytest.mark.parametrize("fill", FILLS)
 def test_large(backend, four_threads, fill, dtype, width):
     backend.assert_same_as_oracle(OP, large(dtype, width, fill))
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.needs("restore_tokens_backward")
 @pytest.mark.parametrize("dtype, width", LARGE[1:3])
 @pytest.mark.parametrize("fill", FILLS)
@@ -89,6 +91,7 @@ def test_large_backward(backend, four_threads, fill, dtype, width):
         assert_close(x, y, z)
 
 
+@pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 4),
     tokens=st.sampled_from((0, 1, 2, 7, 33, 65)),
@@ -151,12 +154,14 @@ def test_gradient_of_one_of_the_two(only):
     assert torch.autograd.gradcheck(sma_fast.restore_tokens, tuple(inputs.values()))
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("batch, tokens", ((5, 700), (1, 20_001)))
 def test_reproducible(backend, batch, tokens):
     inputs = restore_inputs(batch=batch, tokens=tokens, masked=tokens // 3, fill="rows")
     assert_reproducible(sma_fast.restore_tokens, *backend.inputs(inputs).values())
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.needs("restore_tokens_backward")
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("fill", FILLS)

@@ -217,6 +217,7 @@ def test_cases(backend, case, dtype):
         assert_consistent(call(OP, inputs), inputs.get("key_padding_mask"))
 
 
+@pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 4),
     tokens=st.sampled_from((0, 1, 2, 7, 16, 33, 65, 130)),
@@ -248,6 +249,7 @@ def test_any_input(backend, dtype, layout, ratio, kind, share, second, **options
         assert_consistent(call(OP, inputs), inputs.get("key_padding_mask"))
 
 
+@pytest.mark.not_interpreted
 @given(
     rows=st.lists(st.lists(st.floats(width=32), min_size=9, max_size=9), min_size=1, max_size=3),
     num_masked=st.integers(0, 9),
@@ -261,6 +263,7 @@ def test_any_float(backend, rows, num_masked):
         assert masked == sorted(order[:num_masked])
 
 
+@pytest.mark.not_interpreted
 @given(ratio=st.floats(0, 1), tokens=st.integers(0, 40))
 def test_any_ratio(backend, ratio, tokens):
     # Python's round goes half to even too; each row has one valid token more than the one before
@@ -318,6 +321,7 @@ def test_long_rows(backend, name, ratio):
         assert_same_selection(call(OP, inputs), backend.expected(OP, inputs))
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("batch, tokens", ((16, 700), (2, 20_001)))
 @pytest.mark.parametrize("share", ({}, {"random_fraction": 0.5}, {"pool_ratio": 0.6}), ids=str)
 def test_reproducible(backend, batch, tokens, share):

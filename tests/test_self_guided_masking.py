@@ -169,12 +169,14 @@ LARGE = {  # outputs of more than 8 MiB; rows of attention of more than 16; all 
 }
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_large(backend, four_threads, name, dtype):
     assert_result(backend, guided_inputs(dtype, **LARGE[name]))
 
 
+@pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 3),
     latents=st.booleans(),
@@ -317,6 +319,7 @@ REPRODUCIBLE = {
 }
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("name", REPRODUCIBLE)
 @pytest.mark.parametrize("batch", (1, 5))
 def test_reproducible(backend, batch, name):

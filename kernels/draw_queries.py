@@ -1,0 +1,114 @@
+"""draw_queries in Triton: the candidates of lowest noise, one program a row."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .select_tokens import top_of_long
+from .selection import CHUNK, ROW, fill_ids, ordered, rows_of, store_ids, top, warps
+
+
+@triton.jit
+def how_many(row, valid, number, row_numbers, BY_ROW: tl.constexpr):
+    """Returns how many of `valid` candidates are drawn, at least 1 where there is one."""
+    count = number + valid * 0
+    if BY_ROW:
+        count = tl.minimum(tl.load(row_numbers + row).to(tl.int64), number).to(tl.int32)
+    return tl.minimum(tl.maximum(count, 1), valid)
+
+
+@triton.jit(do_not_specialize=["number"])
+def draw_queries_kernel(
+    noise,  # (B, M)
+    padding,  # (B, M) bytes, for PADDED
+    row_numbers,  # (B,), for BY_ROW
+    ids,  # (B, R)
+    candidates,  # M
+    number,  # R
+    noise_stride,
+    padding_stride,
+    BY_ROW: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least M
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.arange(0, BLOCK)
+    valid = token < candidates
+    if PADDED:
+        valid &= tl.load(padding + row * padding_stride + token, mask=valid, other=1) == 0
+    key = ordered(tl.load(noise + row * noise_stride + token, mask=valid, other=0), True)
+    count = how_many(row, tl.sum(valid.to(tl.int32)), number, row_numbers, BY_ROW)
+    drawn = top(key, valid, count)
+    store_ids(ids + row * number, drawn, token, 0, number)
+    fill_ids(ids + row * number, count, number, BLOCK)
+
+
+@triton.jit(do_not_specialize=["number"])
+def draw_long_kernel(
+    noise, padding, row_numbers, ids, drawn, candidates, number, noise_stride, padding_stride,
+    BY_ROW: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As draw_queries_kernel, for any number of candidates; `drawn` is (B, M) bytes of scratch."""
+    row = tl.program_id(0).to(tl.int64)
+    valid_number = tl.zeros([], tl.int32) + candidates
+    if PADDED:
+        valid_number = tl.zeros([], tl.int32)
+        for start in range(0, candidates, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            byte = tl.load(padding + row * padding_stride + token, mask=token < candidates, other=1)
+            valid_number += tl.sum((byte == 0).to(tl.int32))
+    count = how_many(row, valid_number, number, row_numbers, BY_ROW)
+    top_of_long(
+        noise, row * noise_stride, padding, row * padding_stride, drawn, row * candidates,
+        candidates, count, PADDED, 0, True, BLOCK,
+    )  # fmt: skip
+    tl.debug_barrier()
+    before = tl.zeros([], tl.int32)
+    for start in range(0, candidates, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        member = tl.load(drawn + row * candidates + token, mask=token < candidates, other=0) != 0
+        store_ids(ids + row * number, member, token, before, number)
+        before += tl.sum(member.to(tl.int32))
+    fill_ids(ids + row * number, before, number, BLOCK)
+
+
+def launch(
+    noise: Tensor,  # (B, M)
+    num_queries: int,
+    num_queries_rows: Tensor | None,
+    padding_mask: Tensor | None,
+) -> Tensor:
+    """Returns (B, R) drawn candidates, ascending, -1 behind a row's own number."""
+    batch, candidates = noise.shape
+    ids = torch.empty((batch, num_queries), dtype=torch.int64, device=noise.device)
+    if ids.numel() == 0:
+        return ids
+    noise, noise_stride = rows_of(noise, noise)
+    padding, padding_stride = rows_of(padding_mask, ids)
+    row_numbers = ids if num_queries_rows is None else num_queries_rows.contiguous()
+    common = {
+        "BY_ROW": num_queries_rows is not None,
+        "PADDED": padding_mask is not None,
+        "enable_fp_fusion": False,
+    }
+    with torch.cuda.device_of(noise):
+        if candidates <= ROW:
+            block = max(triton.next_power_of_2(candidates), 16)
+            draw_queries_kernel[(batch,)](
+                *(noise, padding, row_numbers, ids),
+                *(candidates, num_queries, noise_stride, padding_stride),
+                **common,
+                BLOCK=block,
+                num_warps=warps(block),
+            )
+        else:
+            drawn = torch.empty((batch, candidates), dtype=torch.uint8, device=noise.device)
+            draw_long_kernel[(batch,)](
+                *(noise, padding, row_numbers, ids, drawn),
+                *(candidates, num_queries, noise_stride, padding_stride),
+                **common,
+                BLOCK=CHUNK,
+                num_warps=warps(CHUNK),
+            )
+    return ids

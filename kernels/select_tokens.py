@@ -1,0 +1,304 @@
+"""select_tokens in Triton: one program a row; a long row is read a chunk at a time."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .selection import (
+    CHUNK,
+    ROW,
+    fill_ids,
+    float_bits,
+    ordered,
+    rounded,
+    rows_of,
+    store_ids,
+    top,
+    warps,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BY_RATIO, BY_COUNT, BY_ROW = 0, 1, 2  # what says how many tokens a row masks
+NONE, FRACTION, POOL = 0, 1, 2  # kinds of random share
+
+
+@triton.jit
+def how_many(
+    row, valid, ratio, number, row_numbers, width, second, COUNT: tl.constexpr, RANDOM: tl.constexpr
+):
+    """Returns how many of `valid` tokens are masked, and how many of them the scores decide.
+
+    With a pool the second number is that of the pool.
+    """
+    if COUNT == 0:
+        count = rounded(ratio, valid)
+    elif COUNT == 1:
+        count = number + valid * 0
+    else:
+        count = tl.load(row_numbers + row).to(tl.int64)
+        count = tl.minimum(tl.maximum(count, 0), width).to(tl.int32)
+    count = tl.minimum(count, valid)
+    first = count
+    if RANDOM == 1:
+        first = rounded(second, count)
+    if RANDOM == 2:
+        first = tl.maximum(rounded(second, valid), count)
+    return count, first
+
+
+@triton.jit(do_not_specialize=["ratio", "second", "number"])
+def select_tokens_kernel(
+    scores,  # (B, N)
+    padding,  # (B, N) bytes, for PADDED
+    noise,  # (B, N), for RANDOM
+    row_numbers,  # (B,), for COUNT 2
+    first,  # (B, N) bytes, tokens that go before all others, for FIRST
+    mask,  # (B, N) bytes
+    ids_visible,  # (B, V)
+    ids_masked,  # (B, K)
+    ids_restore,  # (B, N)
+    num_visible,  # (B,)
+    num_masked,  # (B,)
+    tokens,  # N
+    width_visible,  # V
+    width_masked,  # K
+    scores_stride,
+    padding_stride,
+    noise_stride,
+    number,  # for COUNT 1
+    ratio,  # float64 bits, for COUNT 0
+    second,  # float64 bits: 1 - random_fraction, or pool_ratio
+    COUNT: tl.constexpr,
+    RANDOM: tl.constexpr,
+    PADDED: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least N
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.arange(0, BLOCK)
+    valid = token < tokens
+    if PADDED:
+        valid &= tl.load(padding + row * padding_stride + token, mask=valid, other=1) == 0
+    key = ordered(tl.load(scores + row * scores_stride + token, mask=valid, other=0), False)
+    if FIRST:
+        goes_first = tl.load(first + row * tokens + token, mask=valid, other=0) != 0
+        key = tl.where(goes_first, ordered(tl.full([BLOCK], float("inf"), tl.float32), False), key)
+    valid_number = tl.sum(valid.to(tl.int32))
+    count, by_score = how_many(
+        row, valid_number, ratio, number, row_numbers, width_masked, second, COUNT, RANDOM
+    )
+    chosen = top(key, valid, by_score)
+    if RANDOM != 0:
+        key = ordered(tl.load(noise + row * noise_stride + token, mask=valid, other=0), True)
+        if RANDOM == 1:
+            chosen |= top(key, valid & (chosen == 0), count - by_score)
+        else:
+            chosen = top(key, chosen, count)
+    seen = valid & (chosen == 0)
+    at_visible = store_ids(ids_visible + row * width_visible, seen, token, 0, width_visible)
+    at_masked = store_ids(ids_masked + row * width_masked, chosen, token, 0, width_masked)
+    visible_number = valid_number - count
+    fill_ids(ids_visible + row * width_visible, visible_number, width_visible, BLOCK)
+    fill_ids(ids_masked + row * width_masked, count, width_masked, BLOCK)
+    place = tl.where(chosen, width_visible + at_masked, tl.where(seen, at_visible, -1))
+    inside = token < tokens
+    tl.store(mask + row * tokens + token, chosen.to(tl.uint8), mask=inside)
+    tl.store(ids_restore + row * tokens + token, place.to(tl.int64), mask=inside)
+    tl.store(num_visible + row, visible_number)
+    tl.store(num_masked + row, count)
+
+
+@triton.jit
+def keys_of_chunk(
+    values, values_row, padding, padding_row, member, member_row, start, tokens,
+    PADDED: tl.constexpr, AMONG: tl.constexpr, NEGATED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Returns keys and which are eligible: valid, and for AMONG 1 no member, for 2 a member."""
+    token = start + tl.arange(0, CHUNK)
+    eligible = token < tokens
+    if PADDED:
+        eligible &= tl.load(padding + padding_row + token, mask=eligible, other=1) == 0
+    if AMONG == 1:
+        eligible &= tl.load(member + member_row + token, mask=eligible, other=1) == 0
+    if AMONG == 2:
+        eligible &= tl.load(member + member_row + token, mask=eligible, other=0) != 0
+    key = ordered(tl.load(values + values_row + token, mask=eligible, other=0), NEGATED)
+    return key, eligible
+
+
+@triton.jit
+def top_of_long(
+    values, values_row, padding, padding_row, member, member_row, tokens, count,
+    PADDED: tl.constexpr, AMONG: tl.constexpr, NEGATED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Writes which of the eligible are the `count` largest of a long row into `member`.
+
+    Other tokens keep what stands there for AMONG 1, and are no members otherwise.
+    """
+    digits = tl.arange(0, 256)
+    kth = tl.zeros([], tl.uint32)
+    left = count  # to take among the keys that begin with the digits of kth
+    for step in range(4):
+        shift = tl.zeros([], tl.uint32) + (24 - 8 * step)
+        found = tl.zeros([256], tl.int32)
+        for start in range(0, tokens, CHUNK):
+            key, eligible = keys_of_chunk(
+                values, values_row, padding, padding_row, member, member_row, start, tokens,
+                PADDED, AMONG, NEGATED, CHUNK,
+            )  # fmt: skip
+            # of the digits found so far; in two shifts, as none of 32 bits is defined
+            eligible &= (key >> 1 >> (shift + 7)) == (kth >> 1 >> (shift + 7))
+            digit = ((key >> shift) & 255).to(tl.int32)
+            found += tl.histogram(digit, 256, mask=eligible)
+        from_here = tl.sum(found) - tl.cumsum(found, 0) + found  # keys of this digit and above
+        digit = tl.max(tl.where((from_here >= left) & (left > 0), digits, -1))
+        above = tl.sum(tl.where(digits > digit, found, 0))
+        # none is left to take: a digit above all others
+        kth = tl.where(digit < 0, 0xFFFFFFFF, kth | (tl.maximum(digit, 0).to(tl.uint32) << shift))
+        left = tl.where(digit < 0, 0, left - above)
+    ties = tl.zeros([], tl.int32)
+    for start in range(0, tokens, CHUNK):
+        token = start + tl.arange(0, CHUNK)
+        key, eligible = keys_of_chunk(
+            values, values_row, padding, padding_row, member, member_row, start, tokens,
+            PADDED, AMONG, NEGATED, CHUNK,
+        )  # fmt: skip
+        tie = eligible & (key == kth)
+        place = ties + tl.cumsum(tie.to(tl.int32), 0)
+        chosen = (eligible & (key > kth)) | (tie & (place <= left))
+        ties += tl.sum(tie.to(tl.int32))
+        inside = token < tokens
+        if AMONG == 1:
+            inside &= chosen
+        tl.store(member + member_row + token, chosen.to(member.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["ratio", "second", "number"])
+def select_long_kernel(
+    scores, padding, noise, row_numbers, first, mask, ids_visible, ids_masked, ids_restore,
+    num_visible, num_masked, tokens, width_visible, width_masked, scores_stride, padding_stride,
+    noise_stride, number, ratio, second,
+    COUNT: tl.constexpr, RANDOM: tl.constexpr, PADDED: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As select_tokens_kernel, for rows of any length, BLOCK tokens at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    valid_number = tl.zeros([], tl.int32) + tokens
+    if PADDED:
+        valid_number = tl.zeros([], tl.int32)
+        for start in range(0, tokens, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            byte = tl.load(padding + row * padding_stride + token, mask=token < tokens, other=1)
+            valid_number += tl.sum((byte == 0).to(tl.int32))
+    count, by_score = how_many(
+        row, valid_number, ratio, number, row_numbers, width_masked, second, COUNT, RANDOM
+    )
+    top_of_long(
+        scores, row * scores_stride, padding, row * padding_stride, mask, row * tokens, tokens,
+        by_score, PADDED, 0, False, BLOCK,
+    )  # fmt: skip
+    if RANDOM == 1:
+        tl.debug_barrier()
+        top_of_long(
+            noise, row * noise_stride, padding, row * padding_stride, mask, row * tokens, tokens,
+            count - by_score, PADDED, 1, True, BLOCK,
+        )  # fmt: skip
+    if RANDOM == 2:
+        tl.debug_barrier()
+        top_of_long(
+            noise, row * noise_stride, padding, row * padding_stride, mask, row * tokens, tokens,
+            count, PADDED, 2, True, BLOCK,
+        )  # fmt: skip
+    tl.debug_barrier()
+    visible_before = tl.zeros([], tl.int32)
+    masked_before = tl.zeros([], tl.int32)
+    for start in range(0, tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        inside = token < tokens
+        chosen = tl.load(mask + row * tokens + token, mask=inside, other=0) != 0
+        seen = inside & (chosen == 0)
+        if PADDED:
+            seen &= tl.load(padding + row * padding_stride + token, mask=inside, other=1) == 0
+        at_visible = store_ids(
+            ids_visible + row * width_visible, seen, token, visible_before, width_visible
+        )
+        at_masked = store_ids(
+            ids_masked + row * width_masked, chosen, token, masked_before, width_masked
+        )
+        visible_before += tl.sum(seen.to(tl.int32))
+        masked_before += tl.sum(chosen.to(tl.int32))
+        place = tl.where(chosen, width_visible + at_masked, tl.where(seen, at_visible, -1))
+        tl.store(ids_restore + row * tokens + token, place.to(tl.int64), mask=inside)
+    fill_ids(ids_visible + row * width_visible, visible_before, width_visible, BLOCK)
+    fill_ids(ids_masked + row * width_masked, masked_before, width_masked, BLOCK)
+    tl.store(num_visible + row, visible_before)
+    tl.store(num_masked + row, masked_before)
+
+
+def launch(
+    scores: Tensor,  # (B, N)
+    key_padding_mask: Tensor | None,
+    noise: Tensor | None,
+    mask_ratio: float | None,
+    num_masked: int | None,
+    num_masked_rows: Tensor | None,
+    max_masked: int | None,
+    random_fraction: float,
+    pool_ratio: float | None,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the fields of TokenSelection.
+
+    `first`, (B, N) bytes, may be the storage of the mask that is returned.
+    """
+    batch, tokens = scores.shape
+    if num_masked_rows is not None:
+        width_visible, width_masked = tokens, tokens if max_masked is None else max_masked
+    else:
+        width_masked = num_masked if mask_ratio is None else round(mask_ratio * tokens)
+        width_visible = tokens - width_masked
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=scores.device)
+
+    mask = empty(batch, tokens, dtype=torch.bool) if first is None else first.view(torch.bool)
+    ids_visible = empty(batch, width_visible, dtype=torch.int64)
+    ids_masked = empty(batch, width_masked, dtype=torch.int64)
+    ids_restore = empty(batch, tokens, dtype=torch.int64)
+    num_visible, num_chosen = (empty(batch, dtype=torch.int32) for _ in range(2))
+    result = mask, ids_visible, ids_masked, ids_restore, num_visible, num_chosen
+    if batch == 0:
+        return result
+    in_row = tokens <= ROW and first is None or tokens <= ROW
+    block = max(triton.next_power_of_2(tokens), 16) if in_row else CHUNK
+    kernel = select_tokens_kernel if in_row else select_long_kernel
+    share, second = NONE, None
+    if pool_ratio is not None:
+        share, second = POOL, pool_ratio
+    elif random_fraction > 0:
+        share, second = FRACTION, 1.0 - random_fraction
+    by = BY_ROW if num_masked_rows is not None else BY_COUNT if mask_ratio is None else BY_RATIO
+    scores, scores_stride = rows_of(scores, scores)
+    padding, padding_stride = rows_of(key_padding_mask, mask.view(torch.uint8))
+    noise, noise_stride = rows_of(noise, scores)
+    with torch.cuda.device_of(scores):
+        kernel[(batch,)](
+            *(scores, padding, noise),
+            num_visible if num_masked_rows is None else num_masked_rows.contiguous(),
+            mask.view(torch.uint8),
+            mask.view(torch.uint8),
+            *(ids_visible, ids_masked, ids_restore, num_visible, num_chosen),
+            *(tokens, width_visible, width_masked, scores_stride, padding_stride, noise_stride),
+            num_masked or 0,
+            float_bits(mask_ratio),
+            float_bits(second),
+            COUNT=by,
+            RANDOM=share,
+            PADDED=key_padding_mask is not None,
+            FIRST=first is not None,
+            BLOCK=block,
+            num_warps=warps(block),
+            enable_fp_fusion=False,  # which would keep the digits that rounding drops
+        )
+    return result
