@@ -3,11 +3,14 @@
 import gzip
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 
-from bench import science
+sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
+
+from bench import science  # noqa: E402
 
 
 @pytest.fixture(scope="module")
