@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -163,6 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     then = [("finetune", task, s, seed) for seed in seeds for task in tasks for s in STARTS]
     then += [("baseline", task, "", seed) for seed in seeds for task in tasks]
     began = time.perf_counter()
+    _folder(options).mkdir(parents=True, exist_ok=True)
+    if not (_folder(options) / "commit").exists():  # of the first run, which others are added to
+        (_folder(options) / "commit").write_text(_commit())
     options.started_anew = not any(_file(options, job).exists() for job in first + then)
     for jobs in (first, then):
         _run_all([job for job in jobs if not _file(options, job).exists()], options)
@@ -184,7 +188,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _file(options: argparse.Namespace, job: tuple) -> Path:
     name = "-".join(str(part) for part in job if part != "")
-    return options.out / options.scale / name / "results.json"
+    return _folder(options) / name / "results.json"
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    return options.out / (f"{options.steps}-steps" if options.steps else options.scale)
 
 
 def _run_all(jobs: list[tuple], options: argparse.Namespace) -> None:
@@ -291,8 +299,6 @@ def _finetune(task: Task, start: str, seed: int, folder: Path, options) -> None:
 
 def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]) -> dict:
     """Returns means and standard deviations over the seeds of all runs in the folder."""
-    import subprocess
-
     import torch
 
     import sma_fast
@@ -306,15 +312,9 @@ def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]
 
     seeds = range(options.seeds)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
     summary = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": (_folder(options) / "commit").read_text(),
         "machine": f"{device}, {options.jobs} runs at a time",
         "versions": {
             "sma_fast": sma_fast.__version__,
@@ -334,6 +334,7 @@ def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]
                 "seconds": of([r["seconds"] for r in runs]),
                 "tokens_per_second": of([r["tokens_per_second"] for r in runs]),
                 "validation_loss": of([r["validation"][-1]["loss"] for r in runs]),
+                "own_loss": of([_own_loss(r) for r in runs]),
             }
     for name in tasks:
         task = summary["tasks"][name] = {"steps": None}
@@ -348,6 +349,11 @@ def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]
             for model in runs[0]
         }
     return summary
+
+
+def _own_loss(results: dict) -> float:
+    last = results["validation"][-1]  # under the masks that the model was trained with
+    return last.get("guided_loss", last["loss"])
 
 
 def table(summary: dict) -> str:
@@ -379,18 +385,25 @@ def table(summary: dict) -> str:
                 )
         lines += [
             "",
-            "| pretraining | steps | parameters | seconds | tokens/s | loss under random masks |",
-            "|---|---|---|---|---|---|",
+            "| pretraining | steps | parameters | seconds | tokens/s | loss under random masks "
+            "| under its own |",
+            "|---|---|---|---|---|---|---|",
         ]
         for mask in STARTS[:2]:
             entry = summary["pretraining"][f"{science}, {mask}"]
             lines.append(
                 f"| {mask} masks | {entry['steps']} | {entry['parameters']:,} | "
                 f"{entry['seconds']['mean']:.0f} | {entry['tokens_per_second']['mean']:,.0f} | "
-                f"{cell(entry['validation_loss'])} |"
+                f"{cell(entry['validation_loss'])} | {cell(entry['own_loss'])} |"
             )
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    ended = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    return ended.stdout.strip()
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sma_fast import cli
 from sma_fast.training import run
+from sma_fast.training.inputs import rows_to_read
 from sma_fast.training.options import DataOptions, TrainOptions
 from sma_fast.training.pretrained import preset_of
 from sma_fast.training.show import show
@@ -155,6 +156,60 @@ def test_folders_of_parts_stay_parts(more: dict, counts: tuple[int, int], tmp_pa
     assert (len(parts["train"]), len(parts["test"])) == counts
     if not more:
         assert {row["path"].split("/")[-3] for row in paths(parts["test"])} == {"test"}
+
+
+def test_splits_of_sources_beside_others(tmp_path: Path) -> None:
+    """Each source's own part of what it brings, or none at all."""
+    for place, split, number in (("a", "train", 30), ("a", "test", 10), ("b", "valid", 6)):
+        folder = tmp_path / place / split
+        folder.mkdir(parents=True)
+        for picture in range(number):
+            Image.new("RGB", (3, 3), (picture, 0, 0)).save(folder / f"{picture}.png")
+
+    def of(source: str, **more: str) -> DataOptions:
+        more = {part: str(tmp_path / place) for part, place in more.items()}
+        return DataOptions((str(tmp_path / source),), cache=str(tmp_path / "cache"), **more)
+
+    parts = run.open_parts(of("a", validation="b"))
+    assert {name: len(part) for name, part in parts.items()} == {"train": 30, "valid": 6}
+    with pytest.raises(
+        run.RunError, match="brings the splits train, test, allowed as source of the"
+    ):
+        run.open_parts(of("a", validation="a"))
+    with pytest.raises(run.RunError, match=r"which has no test part \(valid\): name it with"):
+        rows_to_read(of("b"))
+    with pytest.raises(run.RunError, match=r"which has no train part \(valid\): name it with"):
+        run._train_part(run.open_parts(of("b")), options(tmp_path), of("b"))
+
+
+@pytest.mark.parametrize("kind", ["table", "sequences"])
+def test_hub_names_with_splits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the published jxie/higgs and jxie/pfam are: nothing but the name is given."""
+
+    def rows(number: int) -> datasets.Dataset:
+        if kind == "table":
+            columns = {name: [float(i % 7) for i in range(number)] for name in "abc"}
+            return datasets.Dataset.from_dict({**columns, "y": [i % 2 for i in range(number)]})
+        texts = ["MKVL" * (1 + i % 3) for i in range(number)]
+        return datasets.Dataset.from_dict({"protein_seq": texts})
+
+    found = datasets.DatasetDict(train=rows(60), test=rows(20))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    source = DataOptions(("jxie/made-up",), cache=str(tmp_path / "cache"))
+    given = options(tmp_path / "out")
+    if kind == "sequences":
+        sizes = {"num_latents": 4, "v_channels": 16, "max_position_embeddings": 32}
+        given = options(tmp_path / "out", preset="protein", model=TINY | sizes)
+    run.pretrain(given, source)
+    known = run.Encodings.read(tmp_path / "out").inputs
+    assert known.columns == (["a", "b", "c", "y"] if kind == "table" else ["protein_seq"])
+    saved_parts = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert saved_parts["train"]["rows"] == 57 and saved_parts["test"]["rows"] == 20
+    assert "loss" in run.evaluate(tmp_path / "out", source)
+    if kind == "table":
+        fine = options(tmp_path / "fine")
+        results = run.finetune(fine, source, ("y",), "classification")
+        assert run.evaluate(tmp_path / "fine", source) == pytest.approx(results["test"])
 
 
 def paths(rows: datasets.Dataset) -> list[dict]:
@@ -322,6 +377,7 @@ def test_a_run_is_not_taken_for_save_pretrained(table: Path, tmp_path: Path) -> 
         ({}, {"alphabet": "ABC"}, "alphabet: got 'ABC', allowed is for sequences only"),
         ({}, {"too_long": "truncate"}, "too_long: got 'truncate', allowed is for sequences"),
         ({}, {"size": (3, 3)}, "size: got .*, allowed is for pictures only"),
+        ({}, {"min_length": 3}, "min_length: got 3, allowed is for sequences only"),
         ({"preset": "protein"}, {"resize": "bilinear"}, "resize: got 'bilinear', allowed is for"),
     ],
 )
@@ -329,6 +385,20 @@ def test_options_that_mean_nothing(changes: dict, more: dict, message: str, tmp_
     nowhere = DataOptions(("missing.csv",), **more)
     with pytest.raises(run.RunError, match=message):
         run.finetune(options(tmp_path / "out", **changes), nowhere, ("y",), "classification")
+
+
+def test_patience_without_validation(table: Path, tmp_path: Path) -> None:
+    rows = data(table, inputs=("a", "b", "c"), validation_share=0.0)
+    with pytest.raises(run.RunError, match="patience: allowed with a validation part only"):
+        run.finetune(options(tmp_path / "out", patience=1), rows, ("y",), "classification")
+    with pytest.raises(run.RunError, match="patience: allowed in fine-tuning only"):
+        run.pretrain(options(tmp_path / "out", patience=1), rows)
+
+
+def test_a_column_that_the_checkpoint_reads(table: Path, tmp_path: Path) -> None:
+    run.pretrain(options(tmp_path / "out"), data(table, inputs=("a", "b", "c")))
+    with pytest.raises(run.RunError, match="exclude: got a, which the checkpoint was trained to"):
+        run.evaluate(tmp_path / "out", data(table, exclude=("a", "part")))
 
 
 def test_a_pretrained_encoder_stays_what_it_is(table: Path, tmp_path: Path) -> None:

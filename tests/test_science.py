@@ -51,7 +51,7 @@ def test_runs_are_done_once_and_summed_up(
     assert len(row) == len(header)
     expected = []
     for start in science.STARTS:
-        folders = [tmp_path / "small" / f"finetune-esol-{start}-{seed}" for seed in range(2)]
+        folders = [tmp_path / "2-steps" / f"finetune-esol-{start}-{seed}" for seed in range(2)]
         tests = [json.loads((f / "results.json").read_text())["test"]["rmse"] for f in folders]
         assert tests[0] != tests[1]
         expected.append(f"{sum(tests) / 2:.3f} ± {abs(tests[0] - tests[1]) / 2**0.5:.3f}")
@@ -59,7 +59,7 @@ def test_runs_are_done_once_and_summed_up(
     assert shown.out.startswith("molecule:\n")
     assert "| guided masks | 2 |" in shown.out and "| random masks | 2 |" in shown.out
 
-    (tmp_path / "small" / "finetune-esol-none-1" / "results.json").unlink()
+    (tmp_path / "2-steps" / "finetune-esol-none-1" / "results.json").unlink()
     assert science.main(command) == 0
     again = capsys.readouterr()
     assert "1/1 finetune esol none 1" in again.err and again.err.count("\n") == 2

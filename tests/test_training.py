@@ -271,6 +271,14 @@ def test_compiled(place: Path, pretrained: Path, tmp_path: Path) -> None:
     assert difference(tmp_path / "fast", tmp_path / "plain") < 1e-2
 
 
+def test_compiled_ragged_annealed_and_validated(place: Path, tmp_path: Path) -> None:
+    """All that changes in a run, and no step is left to eager for it."""
+    more = *steps(12), "--set-mask", "select_initial_ratio=1.0", "schedule_length_ratio=1.0"
+    arguments = protein("pretrain", place, tmp_path / "out", *more, "--compile")
+    ended = Run(arguments, tmp_path, environment={"COMPILE_BACKEND": "eager"}).end()
+    assert ended.code == 0 and "recompile_limit" not in ended.err, ended.err
+
+
 def test_annealing_is_compiled_once_a_stage() -> None:
     from torch._dynamo.testing import CompileCounter
 

@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from sma_fast.masking.sma import SMAMasking
 
-STAGES = 4  # of annealing under torch.compile, which compiles a step for each, and keeps 8 at most
+STAGES = 4  # of annealing under torch.compile, which compiles a step for each
 
 
 class Speed(TrainerCallback, ExportableState):

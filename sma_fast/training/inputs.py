@@ -104,9 +104,10 @@ def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, dat
     """Returns the rows by part: "train", and perhaps "valid" and "test".
 
     Data sets of the hub and folders of pictures that bring splits keep them, unless a share for
-    the test part is asked for.
+    the test part is asked for; beside sources of the other parts, one's own part of them counts.
 
     Raises:
+        RunError: where such a source has no such part.
         DataError: as `load` and the split.
     """
     named = {
@@ -119,23 +120,49 @@ def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, dat
         "cache": data.cache,
     }
     source = data.source if len(data.source) > 1 else data.source[0]
-    if data.split_column:
-        parts = _by_column(load(source, **named), data, data.split_column)
-    elif data.validation or data.test:
-        own = {"valid": data.validation, "test": data.test}
+    if data.validation or data.test:
+        own = {"train": source, "valid": data.validation, "test": data.test}
         own = {part: path for part, path in own.items() if path is not None}
-        parts = load_splits({"train": source, **own}, **named)
+        parts = load_splits(own, **named)
+        for part, path in own.items():
+            if brings_splits(path, data.format, parts[part]):
+                parts[part] = _same_part(parts[part], data, part, path)
     else:
         rows = load(source, **named)
-        if not brings_splits(source, data.format, rows) or data.test_share:
+        column = splits_of(data, rows)
+        if column is None or (data.test_share and not data.split_column):
             sizes = {"test": data.test_share or 0.0, "valid": data.share_to_validate}
             sizes = {part: share for part, share in sizes.items() if share > 0}
             return ByIndex({**sizes, "train": None}, data.split_seed).apply(rows)
-        parts = _by_column(rows, data, "split")
+        parts = _by_column(rows, data, column)
     if "valid" not in parts and "train" in parts and data.share_to_validate > 0:
         cut = ByIndex({"valid": data.share_to_validate, "train": None}, data.split_seed)
         parts |= cut.apply(parts["train"])
     return parts
+
+
+def splits_of(data: DataOptions, rows: datasets.Dataset) -> str | None:
+    """Returns the column that tells parts apart, None where there is none.
+
+    Args:
+        data: `split_column`, or where the rows come from.
+        rows: what `load` returned.
+    """
+    if data.split_column:
+        return data.split_column
+    return "split" if brings_splits(data.source, data.format, rows) else None
+
+
+def _same_part(
+    rows: datasets.Dataset, data: DataOptions, part: str, path: object
+) -> datasets.Dataset:
+    found = _by_column(rows, data, "split")
+    if part not in found:
+        raise RunError(
+            f"{path}: brings the splits {', '.join(found)}, allowed as source of the {part} part "
+            "is one that has it, or that has none"
+        )
+    return found[part]
 
 
 def _by_column(
@@ -172,7 +199,7 @@ def fit_inputs(
         labels: columns that are none.
     """
     left_out = {*labels, FILE, LINE, *(data.exclude or ())}
-    left_out |= {data.split_column} if data.split_column else set()
+    left_out |= {splits_of(data, train)} - {None}
     both = sorted(set(data.inputs or ()) & set(labels))
     if both:
         raise RunError(f"labels: got {', '.join(both)}, which --input names as an input too")
@@ -202,6 +229,8 @@ def check_options(kind: type, data: DataOptions) -> None:
         "resize": (data.resize is not None, Pictures, "pictures"),
         "size": (data.size is not None, Pictures, "pictures"),
     }
+    for name in ("min_length", "max_length"):
+        given[name] = (getattr(data, name) is not None, ByteSequences, "sequences")
     for name, (is_given, allowed, called) in given.items():
         if is_given and kind is not allowed:
             raise RunError(f"{name}: got {getattr(data, name)!r}, allowed is for {called} only")
@@ -219,6 +248,9 @@ def known_inputs(known: Inputs, data: DataOptions, called: str = "inputs") -> In
         RunError: where a table's columns are not those that the checkpoint was trained on.
     """
     check_options(type(known), data)
+    read = sorted(set(data.exclude or ()) & set(known.columns))
+    if read:
+        raise RunError(f"exclude: got {', '.join(read)}, which the checkpoint was trained to read")
     if isinstance(known, TableColumns):
         if data.inputs and list(data.inputs) != list(known.columns):
             raise RunError(
@@ -251,19 +283,20 @@ def rows_to_read(data: DataOptions) -> datasets.Dataset:
     """Returns the rows of the test part where there is one, as training cut it, or all of them.
 
     Raises:
-        RunError: where `split_column` names no row of a test part, or for a validation part.
+        RunError: where there are parts but no test part, or for a validation part.
         DataError: as `open_parts`.
     """
     if data.validation or data.validation_share:
         raise RunError("validation, validation_share: allowed is neither but in training")
     parts = open_parts(dataclasses.replace(data, validation_share=0.0))
-    if data.split_column and "test" not in parts:
+    if "test" in parts:
+        return parts["test"]
+    if data.split_column or set(parts) != {"train"}:
         raise RunError(
-            f"split_column: got {data.split_column!r}, which has no test part ("
-            f"{', '.join(parts)}): leave it out to read all rows, or name the part with "
-            "--parts test=VALUE"
+            f"split_column: got {data.split_column or 'split'!r}, which has no test part ("
+            f"{', '.join(parts)}): name it with --split-column and --parts test=VALUE"
         )
-    return parts["test"] if "test" in parts else parts["train"]
+    return parts["train"]
 
 
 def _only_column(encoding: str, train: datasets.Dataset, left_out: set[str]) -> str:

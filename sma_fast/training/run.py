@@ -65,6 +65,8 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
         require("tensorboard")
     options.check()  # options that do not go together are refused before data are read
     check_options(ENCODINGS[options.start().encoding], data)
+    if options.patience:
+        raise RunError("patience: allowed in fine-tuning only: pretraining keeps its last weights")
     start = starting_point(options, data, "pretrain")
     parts = open_parts(data)
     train = _train_part(parts, options, data)
@@ -204,8 +206,8 @@ def _train_part(
 ) -> datasets.Dataset:
     if "train" not in parts:
         raise RunError(
-            f"split_column: got {data.split_column!r}, which has no train part: name one with "
-            "--parts train=VALUE"
+            f"split_column: got {data.split_column or 'split'!r}, which has no train part ("
+            f"{', '.join(parts)}): name it with --split-column and --parts train=VALUE"
         )
     return drawn_rows(parts["train"], options.limit_train, data.split_seed)
 
@@ -311,8 +313,10 @@ def _trainer(
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
         }
+    if options.patience and not validated:
+        raise RunError("patience: allowed with a validation part only")
     callbacks = [Curves()] if options.tensorboard else []
-    if options.patience and validated and finetuning:
+    if options.patience:
         from transformers import EarlyStoppingCallback
 
         callbacks.append(EarlyStoppingCallback(options.patience))

@@ -28,7 +28,7 @@ from sma_fast import _draws
 from sma_fast.masking.sma import SMAMasking
 from sma_fast.models import SMAForPretraining
 from sma_fast.training import checkpoints
-from sma_fast.training.callbacks import Annealing, LossBar, Speed
+from sma_fast.training.callbacks import STAGES, Annealing, LossBar, Speed
 from sma_fast.training.data import pad_batch
 
 WEIGHTS = "model.safetensors"
@@ -67,6 +67,10 @@ class SMATrainer(Trainer):
             self.add_callback(LossBar(title, lambda: self.speed))
         self.add_callback(Annealing(self.model, staged=self.args.torch_compile))
         self.unwrapped = self.model  # before DDP, FSDP or torch.compile
+        if self.args.torch_compile:  # stages of annealing, of rows of one length and of any
+            torch._dynamo.config.recompile_limit = max(
+                torch._dynamo.config.recompile_limit, 4 * (STAGES + 1)
+            )
         self._num_targets = self.model.num_targets
         self._in_step: torch.Tensor | None = None  # targets of all batches; None with one batch
         self._batch = (-1, 0)  # step, and batches of it that were seen
@@ -168,6 +172,8 @@ class SMATrainer(Trainer):
         (inputs,) = self._padded_alike([self._prepare_inputs(inputs)])
         labels, rows = inputs.get("labels"), len(inputs["inputs"])
         inputs = self._without_fillers(inputs)
+        if self.args.torch_compile and not self.is_fsdp_enabled:
+            model = self.unwrapped  # a few batches with other masks: not worth compiling for
         first = self._rows_evaluated + self.args.process_index * rows
         self._rows_evaluated += self.args.world_size * rows
         output = None
