@@ -107,6 +107,7 @@ def missing_backends() -> dict[str, str]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*ops): run on what implements these ops too")
     config.addinivalue_line("markers", "one_instruction_set: run the CPU's best one only")
+    config.addinivalue_line("markers", "interpreted: runs in Triton's interpreter, given by itself")
     config.addinivalue_line("markers", "not_interpreted: Triton's interpreter would take minutes")
     # it visits all of torch's loggers for each test, and prints every step of torch.compile
     config.pluginmanager.set_blocked("logging-plugin")
@@ -148,6 +149,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("not_interpreted"):
         found = [x for x in found if (x.backend, x.device) != ("triton", "cpu")]
     metafunc.parametrize("backend", found, indirect=True, ids=str)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        chosen = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if isinstance(chosen, Implementation) and (chosen.backend, chosen.device) == (
+            "triton",
+            "cpu",
+        ):
+            item.add_marker("interpreted")
 
 
 @pytest.hookimpl(wrapper=True)
