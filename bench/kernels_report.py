@@ -173,6 +173,7 @@ def _cases() -> dict[str, list[tuple]]:
             (empty(2, 4096), none, none, none, 512, none, none, *no_share),
             (empty(2, 8192), none, empty(2, 8192), *by_ratio, 0.0, 0.5),
             (long, none, long, *by_ratio, 0.5, none),
+            (long, none, none, *by_ratio, *no_share, empty(2, 16384, dtype=torch.uint8)),
         ],
         "draw_queries": [(empty(2, 256), 38, none, none), (long, 38, none, none)],
         "gather_tokens": [(empty(2, 1024, 512, dtype=half), ids(2, 870))],

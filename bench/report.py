@@ -105,7 +105,8 @@ def _untouched(result: dict) -> list[str]:
     }
     lines = []
     for (shape, part), row in rows.items():
-        if part != "whole" or (shape, "untouched layers") not in rows:
+        others = {(shape, "changed parts"), (shape, "untouched layers")}
+        if part != "whole" or not others <= rows.keys():
             continue
         layers_s = row["ours_s"] - rows[shape, "changed parts"]["ours_s"]  # the same in both
         alone_s = rows[shape, "untouched layers"]["ours_s"]

@@ -5,8 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .select_tokens import top_of_long
-from .selection import CHUNK, ROW, fill_ids, ordered, rows_of, store_ids, top, warps
+from .selection import (
+    CHUNK,
+    ROW,
+    fill_ids,
+    ordered,
+    rows_of,
+    store_ids,
+    top,
+    top_of_long,
+    valid_of_long,
+    warps,
+)
 
 
 @triton.jit
@@ -51,17 +61,11 @@ def draw_long_kernel(
 ):  # fmt: skip
     """As draw_queries_kernel, for any number of candidates; `drawn` is (B, M) bytes of scratch."""
     row = tl.program_id(0).to(tl.int64)
-    valid_number = tl.zeros([], tl.int32) + candidates
-    if PADDED:
-        valid_number = tl.zeros([], tl.int32)
-        for start in range(0, candidates, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            byte = tl.load(padding + row * padding_stride + token, mask=token < candidates, other=1)
-            valid_number += tl.sum((byte == 0).to(tl.int32))
+    valid_number = valid_of_long(padding, row * padding_stride, candidates, PADDED, BLOCK)
     count = how_many(row, valid_number, number, row_numbers, BY_ROW)
     top_of_long(
         noise, row * noise_stride, padding, row * padding_stride, drawn, row * candidates,
-        candidates, count, PADDED, 0, True, BLOCK,
+        candidates, count, PADDED, 0, False, True, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     before = tl.zeros([], tl.int32)

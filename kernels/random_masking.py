@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gather_tokens import as_words, blocks
-from .select_tokens import top_of_long
-from .selection import CHUNK, ROW, ordered, rows_of, top, warps
+from .selection import CHUNK, ROW, ordered, rows_of, top, top_of_long, warps
 
 
 @triton.jit
@@ -39,7 +38,19 @@ def random_long_kernel(
     row = tl.program_id(0).to(tl.int64)
     chosen_row = ids_restore + row * tokens
     top_of_long(
-        noise, row * noise_stride, noise, 0, chosen_row, 0, tokens, visible, False, 0, True, BLOCK
+        noise,
+        row * noise_stride,
+        noise,
+        0,
+        chosen_row,
+        0,
+        tokens,
+        visible,
+        False,
+        0,
+        False,
+        True,
+        BLOCK,
     )
     tl.debug_barrier()
     seen_before = tl.zeros([], tl.int32)

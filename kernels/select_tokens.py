@@ -15,6 +15,8 @@ from .selection import (
     rows_of,
     store_ids,
     top,
+    top_of_long,
+    valid_of_long,
     warps,
 )
 
@@ -109,71 +111,6 @@ def select_tokens_kernel(
     tl.store(num_masked + row, count)
 
 
-@triton.jit
-def keys_of_chunk(
-    values, values_row, padding, padding_row, member, member_row, start, tokens,
-    PADDED: tl.constexpr, AMONG: tl.constexpr, NEGATED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Returns keys and which are eligible: valid, and for AMONG 1 no member, for 2 a member."""
-    token = start + tl.arange(0, CHUNK)
-    eligible = token < tokens
-    if PADDED:
-        eligible &= tl.load(padding + padding_row + token, mask=eligible, other=1) == 0
-    if AMONG == 1:
-        eligible &= tl.load(member + member_row + token, mask=eligible, other=1) == 0
-    if AMONG == 2:
-        eligible &= tl.load(member + member_row + token, mask=eligible, other=0) != 0
-    key = ordered(tl.load(values + values_row + token, mask=eligible, other=0), NEGATED)
-    return key, eligible
-
-
-@triton.jit
-def top_of_long(
-    values, values_row, padding, padding_row, member, member_row, tokens, count,
-    PADDED: tl.constexpr, AMONG: tl.constexpr, NEGATED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Writes which of the eligible are the `count` largest of a long row into `member`.
-
-    Other tokens keep what stands there for AMONG 1, and are no members otherwise.
-    """
-    digits = tl.arange(0, 256)
-    kth = tl.zeros([], tl.uint32)
-    left = count  # to take among the keys that begin with the digits of kth
-    for step in range(4):
-        shift = tl.zeros([], tl.uint32) + (24 - 8 * step)
-        found = tl.zeros([256], tl.int32)
-        for start in range(0, tokens, CHUNK):
-            key, eligible = keys_of_chunk(
-                values, values_row, padding, padding_row, member, member_row, start, tokens,
-                PADDED, AMONG, NEGATED, CHUNK,
-            )  # fmt: skip
-            # of the digits found so far; in two shifts, as none of 32 bits is defined
-            eligible &= (key >> 1 >> (shift + 7)) == (kth >> 1 >> (shift + 7))
-            digit = ((key >> shift) & 255).to(tl.int32)
-            found += tl.histogram(digit, 256, mask=eligible)
-        from_here = tl.sum(found) - tl.cumsum(found, 0) + found  # keys of this digit and above
-        digit = tl.max(tl.where((from_here >= left) & (left > 0), digits, -1))
-        above = tl.sum(tl.where(digits > digit, found, 0))
-        # none is left to take: a digit above all others
-        kth = tl.where(digit < 0, 0xFFFFFFFF, kth | (tl.maximum(digit, 0).to(tl.uint32) << shift))
-        left = tl.where(digit < 0, 0, left - above)
-    ties = tl.zeros([], tl.int32)
-    for start in range(0, tokens, CHUNK):
-        token = start + tl.arange(0, CHUNK)
-        key, eligible = keys_of_chunk(
-            values, values_row, padding, padding_row, member, member_row, start, tokens,
-            PADDED, AMONG, NEGATED, CHUNK,
-        )  # fmt: skip
-        tie = eligible & (key == kth)
-        place = ties + tl.cumsum(tie.to(tl.int32), 0)
-        chosen = (eligible & (key > kth)) | (tie & (place <= left))
-        ties += tl.sum(tie.to(tl.int32))
-        inside = token < tokens
-        if AMONG == 1:
-            inside &= chosen
-        tl.store(member + member_row + token, chosen.to(member.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["ratio", "second", "number"])
 def select_long_kernel(
     scores, padding, noise, row_numbers, first, mask, ids_visible, ids_masked, ids_restore,
@@ -182,33 +119,27 @@ def select_long_kernel(
     COUNT: tl.constexpr, RANDOM: tl.constexpr, PADDED: tl.constexpr, FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As select_tokens_kernel, for rows of any length, BLOCK tokens at a time."""
+    """As select_tokens_kernel, for rows of any length, BLOCK at a time; `first` is `mask`."""
     row = tl.program_id(0).to(tl.int64)
-    valid_number = tl.zeros([], tl.int32) + tokens
-    if PADDED:
-        valid_number = tl.zeros([], tl.int32)
-        for start in range(0, tokens, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            byte = tl.load(padding + row * padding_stride + token, mask=token < tokens, other=1)
-            valid_number += tl.sum((byte == 0).to(tl.int32))
+    valid_number = valid_of_long(padding, row * padding_stride, tokens, PADDED, BLOCK)
     count, by_score = how_many(
         row, valid_number, ratio, number, row_numbers, width_masked, second, COUNT, RANDOM
     )
     top_of_long(
         scores, row * scores_stride, padding, row * padding_stride, mask, row * tokens, tokens,
-        by_score, PADDED, 0, False, BLOCK,
+        by_score, PADDED, 0, FIRST, False, BLOCK,
     )  # fmt: skip
     if RANDOM == 1:
         tl.debug_barrier()
         top_of_long(
             noise, row * noise_stride, padding, row * padding_stride, mask, row * tokens, tokens,
-            count - by_score, PADDED, 1, True, BLOCK,
+            count - by_score, PADDED, 1, False, True, BLOCK,
         )  # fmt: skip
     if RANDOM == 2:
         tl.debug_barrier()
         top_of_long(
             noise, row * noise_stride, padding, row * padding_stride, mask, row * tokens, tokens,
-            count, PADDED, 2, True, BLOCK,
+            count, PADDED, 2, False, True, BLOCK,
         )  # fmt: skip
     tl.debug_barrier()
     visible_before = tl.zeros([], tl.int32)
@@ -250,7 +181,7 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of TokenSelection.
 
-    `first`, (B, N) bytes, may be the storage of the mask that is returned.
+    `first`, (B, N) bytes, says which tokens go before all others; the mask is returned in it.
     """
     batch, tokens = scores.shape
     if num_masked_rows is not None:
@@ -270,7 +201,7 @@ def launch(
     result = mask, ids_visible, ids_masked, ids_restore, num_visible, num_chosen
     if batch == 0:
         return result
-    in_row = tokens <= ROW and first is None or tokens <= ROW
+    in_row = tokens <= ROW
     block = max(triton.next_power_of_2(tokens), 16) if in_row else CHUNK
     kernel = select_tokens_kernel if in_row else select_long_kernel
     share, second = NONE, None

@@ -83,6 +83,92 @@ def top(key, eligible, count):
 
 
 @triton.jit
+def keys_of_chunk(
+    values, values_row, padding, padding_row, member, member_row, start, tokens,
+    PADDED: tl.constexpr, AMONG: tl.constexpr, FIRST: tl.constexpr, NEGATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Returns keys and which are eligible: valid, and for AMONG 1 no member, for 2 a member.
+
+    For FIRST members go before all others.
+    """
+    token = start + tl.arange(0, BLOCK)
+    eligible = token < tokens
+    if PADDED:
+        eligible &= tl.load(padding + padding_row + token, mask=eligible, other=1) == 0
+    if AMONG == 1:
+        eligible &= tl.load(member + member_row + token, mask=eligible, other=1) == 0
+    if AMONG == 2:
+        eligible &= tl.load(member + member_row + token, mask=eligible, other=0) != 0
+    key = ordered(tl.load(values + values_row + token, mask=eligible, other=0), NEGATED)
+    if FIRST:
+        goes_first = tl.load(member + member_row + token, mask=eligible, other=0) != 0
+        key = tl.where(goes_first, ordered(tl.full([BLOCK], float("inf"), tl.float32), False), key)
+    return key, eligible
+
+
+@triton.jit
+def top_of_long(
+    values, values_row, padding, padding_row, member, member_row, tokens, count,
+    PADDED: tl.constexpr, AMONG: tl.constexpr, FIRST: tl.constexpr, NEGATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes which of the eligible are the `count` largest of a long row into `member`.
+
+    Other tokens keep what stands there for AMONG 1, and are no members otherwise.
+    """
+    digits = tl.arange(0, 256)
+    kth = tl.zeros([], tl.uint32)
+    left = count  # to take among the keys that begin with the digits of kth
+    for step in range(4):
+        shift = tl.zeros([], tl.uint32) + (24 - 8 * step)
+        found = tl.zeros([256], tl.int32)
+        for start in range(0, tokens, BLOCK):
+            key, eligible = keys_of_chunk(
+                values, values_row, padding, padding_row, member, member_row, start, tokens,
+                PADDED, AMONG, FIRST, NEGATED, BLOCK,
+            )  # fmt: skip
+            # of the digits found so far; in two shifts, as none of 32 bits is defined
+            eligible &= (key >> 1 >> (shift + 7)) == (kth >> 1 >> (shift + 7))
+            digit = ((key >> shift) & 255).to(tl.int32)
+            found += tl.histogram(digit, 256, mask=eligible)
+        from_here = tl.sum(found) - tl.cumsum(found, 0) + found  # keys of this digit and above
+        digit = tl.max(tl.where((from_here >= left) & (left > 0), digits, -1))
+        above = tl.sum(tl.where(digits > digit, found, 0))
+        # none is left to take: a digit above all others
+        kth = tl.where(digit < 0, 0xFFFFFFFF, kth | (tl.maximum(digit, 0).to(tl.uint32) << shift))
+        left = tl.where(digit < 0, 0, left - above)
+    ties = tl.zeros([], tl.int32)
+    for start in range(0, tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        key, eligible = keys_of_chunk(
+            values, values_row, padding, padding_row, member, member_row, start, tokens,
+            PADDED, AMONG, FIRST, NEGATED, BLOCK,
+        )  # fmt: skip
+        tie = eligible & (key == kth)
+        place = ties + tl.cumsum(tie.to(tl.int32), 0)
+        chosen = (eligible & (key > kth)) | (tie & (place <= left))
+        ties += tl.sum(tie.to(tl.int32))
+        inside = token < tokens
+        if AMONG == 1:
+            inside &= chosen
+        tl.store(member + member_row + token, chosen.to(member.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def valid_of_long(padding, padding_row, tokens, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns how many tokens of a long row are no padding."""
+    number = tl.zeros([], tl.int32) + tokens
+    if PADDED:
+        number = tl.zeros([], tl.int32)
+        for start in range(0, tokens, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            byte = tl.load(padding + padding_row + token, mask=token < tokens, other=1)
+            number += tl.sum((byte == 0).to(tl.int32))
+    return number
+
+
+@triton.jit
 def store_ids(ids, member, token, before, width):
     """Stores the members of a block of tokens, ascending, behind the `before` that went first."""
     place = before + tl.cumsum(member.to(tl.int32), 0) - 1

@@ -275,3 +275,18 @@ def test_huge_equal_logits_share_evenly(backend, value):
     inputs = backend.inputs({"attention": torch.full((1, 2, 3, 8), value)})
     scores = sma_fast.aggregate_attention(inputs["attention"], logits=True)
     torch.testing.assert_close(scores.cpu(), torch.full((1, 8), 3 / 8))
+
+
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize("logits", (False, True))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"selected": 3, "ragged": True, "by_head": True}, {"head_reduce": "none"}],
+    ids=str,
+)
+def test_rows_too_long_to_be_held_at_once(backend, options, logits):
+    """On a GPU a launch of its own finds their sums of exponentials."""
+    inputs = aggregate_inputs(queries=5, tokens=9000, logits=logits, **options)
+    inputs = backend.inputs(inputs)
+    expected = backend.expected(OP, inputs)
+    torch.testing.assert_close(call(OP, inputs), expected, rtol=3e-5, atol=1e-6)

@@ -444,3 +444,23 @@ def test_unchecked_index_out_of_range_adds_nothing(unchecked_reference, bad):
     attention = torch.tensor([[[[0.25, 0.75], [0.5, 0.5]]] * 2])
     scores = sma_fast.aggregate_attention(attention, query_index=index)
     torch.testing.assert_close(scores, torch.tensor([[0.25, 0.75]]))
+
+
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"selected": 35, "padding": "scattered"},
+        {"selected": 35, "ragged": True, "by_head": True, "padding": "one full row"},
+        {"selected": 35, "kv_heads": 1, "head_reduce": "none"},
+        {"query_batch": 1, "head_reduce": "sum"},
+    ],
+    ids=str,
+)
+def test_keys_too_long_to_be_held_at_once(backend, options):
+    """On a GPU these are read twice."""
+    inputs = attention_inputs(queries=40, tokens=2100, width=16, **options)
+    inputs = backend.inputs(inputs)
+    expected = backend.expected(OP, inputs)
+    torch.testing.assert_close(call(OP, inputs), expected, rtol=3e-5, atol=1e-6)

@@ -560,3 +560,18 @@ def test_more_tokens_than_one_native_call_takes(backend):
     assert len(out.visible) == 18
     for x, visible in zip(tokens, out.visible, strict=True):
         assert torch.equal(visible, sma_fast.gather_tokens(x, out.selection.ids_visible))
+
+
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize("share", [{}, {"random_fraction": 0.5}])
+def test_drawn_tokens_of_long_rows_are_masked_first(backend, share):
+    """Rows too long for a GPU's registers, where a kernel of its own selects."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 1, 4500, 8, generator=generator)
+    index = torch.tensor([[4, 2048, 4499], [7, 8, -1]])
+    inputs = backend.inputs({"query": keys, "key": keys, "query_index": index})
+    masking = sma_fast.self_guided_masking(**inputs, **share, mask_ratio=0.01, mask_queries=True)
+    mask = masking.selection.mask.cpu()
+    assert mask.sum(1).tolist() == [45, 45]
+    drawn = [mask[row, index[row][index[row] >= 0]] for row in range(2)]
+    assert all(bool(part.all()) for part in drawn)
