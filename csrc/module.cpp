@@ -1,5 +1,6 @@
 // The Python module: the only file that knows pybind11. Every function takes addresses (0: none),
-// sizes and strides, picks the instruction set, and runs without the interpreter lock.
+// sizes and strides and where to run: on the CPU, with the instruction set that was picked, or on a
+// CUDA device. It runs without the interpreter lock.
 #include <array>
 #include <cstdlib>
 #include <cstring>
@@ -15,9 +16,7 @@
 #include "cpu/cache.h"
 #include "cpu/dlpack.h"
 #include "cpu/kernels.h"
-#ifdef SMA_CUDA_ARCHS
 #include "cuda/kernels.h"
-#endif
 
 namespace py = pybind11;
 using namespace sma;
@@ -26,6 +25,16 @@ namespace {
 
 using Address = uintptr_t;
 using Four = std::array<int64_t, 4>;
+using Where = std::array<int64_t, 2>;  // a CUDA device and stream; or -1 and a number of threads
+
+bool on_cpu(const Where& where) { return where[0] < 0; }
+int threads_of(const Where& where) { return on_cpu(where) ? static_cast<int>(where[1]) : 0; }
+
+#ifdef SMA_CUDA_ARCHS
+#define SMA_CUDA(op) cuda::op
+#else
+#define SMA_CUDA(op) nullptr
+#endif
 
 template <class T>
 T* at(Address address) {
@@ -146,12 +155,70 @@ py::capsule empty_output(const std::vector<int64_t>& shape, int code, int bits) 
   });
 }
 
+std::string shape(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (const int64_t n : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(n);
+  return text + ")";
+}
+std::string shapes(const AttentionScoresArgs& a) {
+  return "query " + shape({a.batch, a.heads, a.queries, a.width}) + ", key " +
+         shape({a.batch, a.kv_heads, a.tokens, a.width}) + ", of which " +
+         std::to_string(a.selected) + " queries are selected";
+}
+std::string shapes(const SelectTokensArgs& a) { return "scores " + shape({a.batch, a.tokens}); }
+std::string shapes(const GatherTokensArgs& a) {
+  return "tokens " + shape({a.batch, a.tokens}) + " of " + std::to_string(a.row_bytes) +
+         " bytes, ids " + shape({a.batch, a.visible});
+}
+std::string shapes(const RestoreTokensArgs& a) {
+  return "visible " + shape({a.batch, a.visible}) + " of " + std::to_string(a.row_bytes) +
+         " bytes, ids_restore " + shape({a.batch, a.tokens});
+}
+std::string shapes(const SelfGuidedMaskingArgs& a) {
+  return shapes(a.attention) + ", " + std::to_string(a.num_gathers) + " tensors of tokens";
+}
+
+// Runs an op, on a GPU where it has a kernel there, without the interpreter lock.
+template <class Args>
+struct Op {
+  using OnGpu = int (*)(const Args&, const cuda::Place&);
+};
+template <class Args>
+void run(const char* op, void (*on_processor)(const Args&), typename Op<Args>::OnGpu on_gpu,
+         const Args& a, const Where& where) {
+  int error = 0;
+  {
+    py::gil_scoped_release release;
+    if (on_cpu(where)) return on_processor(a);
+    error = on_gpu(a, {static_cast<int>(where[0]), at<void>(static_cast<Address>(where[1]))});
+  }
+#ifdef SMA_CUDA_ARCHS
+  if (error != 0)
+    throw std::runtime_error(std::string("sma_fast.") + op + " on CUDA device " +
+                             std::to_string(where[0]) + ", " + shapes(a) + ": " +
+                             cuda::error_text(error));
+#endif
+}
+template <class Args>
+void run(void (*on_processor)(const Args&), const Args& a) {
+  py::gil_scoped_release release;
+  on_processor(a);
+}
+
+std::vector<std::string> cuda_ops() {
+#ifdef SMA_CUDA_ARCHS
+  return {"select_tokens", "gather_tokens", "restore_tokens"};
+#else
+  return {};
+#endif
+}
+
 AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_t batch,
                                    int64_t heads, int64_t kv_heads, int64_t queries, int64_t tokens,
                                    int64_t selected, int64_t width, const Four& query_strides,
                                    const Four& key_strides, Address query_index, Address head_index,
                                    Address padding, double scale, int reduce, Address scores,
-                                   int threads) {
+                                   const Where& where) {
   AttentionScoresArgs a = {};
   a.query = at<void>(query);
   a.key = at<void>(key);
@@ -171,8 +238,9 @@ AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_
   a.scale = static_cast<float>(scale);
   a.reduce = reduce;
   a.scores = at<float>(scores);
-  a.threads = threads;
+  a.threads = threads_of(where);
   check_length("key", tokens);
+  if (!on_cpu(where)) return a;
   if (a.query_index != nullptr)
     check_index("query_index", a.query_index, batch * selected, -1, queries);
   check_heads(a.query_index, a.head_index, batch * selected, heads);
@@ -184,7 +252,7 @@ SelectTokensArgs select_args(Address scores, Address padding, Address noise, int
                              double mask_ratio, Address num_masked_rows, int64_t num_masked,
                              double random_fraction, double pool_ratio, Address mask,
                              Address ids_visible, Address ids_masked, Address ids_restore,
-                             Address out_num_visible, Address out_num_masked, int threads) {
+                             Address out_num_visible, Address out_num_masked, const Where& where) {
   SelectTokensArgs a = {};
   a.scores = at<float>(scores);
   a.padding = at<uint8_t>(padding);
@@ -204,9 +272,9 @@ SelectTokensArgs select_args(Address scores, Address padding, Address noise, int
   a.ids_restore = at<int64_t>(ids_restore);
   a.out_num_visible = at<int32_t>(out_num_visible);
   a.out_num_masked = at<int32_t>(out_num_masked);
-  a.threads = threads;
+  a.threads = threads_of(where);
   check_length("scores", tokens);
-  check_counts("num_masked", a.num_masked_rows, batch);
+  if (on_cpu(where)) check_counts("num_masked", a.num_masked_rows, batch);
   if (batch * tokens > 0 && a.noise == nullptr && (random_fraction > 0 || pool_ratio >= 0))
     throw py::value_error("noise: got None, allowed is a tensor where tokens are drawn");
   return a;
@@ -217,7 +285,7 @@ SelectTokensArgs select_args(Address scores, Address padding, Address noise, int
 using Gather = std::array<int64_t, 7>;
 
 GatherTokensArgs gather_args(const Gather& g, int64_t batch, int64_t tokens, int64_t visible,
-                             Address ids, int threads) {
+                             Address ids, const Where& where) {
   GatherTokensArgs a = {};
   a.rows = at<void>(static_cast<Address>(g[0]));
   a.batch_bytes = g[1];
@@ -230,7 +298,7 @@ GatherTokensArgs gather_args(const Gather& g, int64_t batch, int64_t tokens, int
   a.tokens = tokens;
   a.visible = visible;
   a.ids = at<int64_t>(ids);
-  a.threads = threads;
+  a.threads = threads_of(where);
   return a;
 }
 
@@ -238,18 +306,17 @@ void attention_scores(Address query, Address key, int dtype, int64_t batch, int6
                       int64_t kv_heads, int64_t queries, int64_t tokens, int64_t selected,
                       int64_t width, const Four& query_strides, const Four& key_strides,
                       Address query_index, Address head_index, Address padding, double scale,
-                      int reduce, Address scores, int threads) {
+                      int reduce, Address scores, const Where& where) {
   const AttentionScoresArgs a = attention_args(
       query, key, dtype, batch, heads, kv_heads, queries, tokens, selected, width, query_strides,
-      key_strides, query_index, head_index, padding, scale, reduce, scores, threads);
-  py::gil_scoped_release release;
-  kernels()->attention_scores(a);
+      key_strides, query_index, head_index, padding, scale, reduce, scores, where);
+  run(kernels()->attention_scores, a);
 }
 
 void aggregate_attention(Address attention, int dtype, int64_t batch, int64_t heads,
                          int64_t queries, int64_t tokens, int64_t selected, const Four& strides,
                          Address query_index, Address head_index, int reduce, bool logits,
-                         Address scores, int threads) {
+                         Address scores, const Where& where) {
   AggregateAttentionArgs a = {};
   a.attention = at<void>(attention);
   a.dtype = dtype;
@@ -264,12 +331,11 @@ void aggregate_attention(Address attention, int dtype, int64_t batch, int64_t he
   a.reduce = reduce;
   a.logits = logits;
   a.scores = at<float>(scores);
-  a.threads = threads;
+  a.threads = threads_of(where);
   if (a.query_index != nullptr)
     check_index("query_index", a.query_index, batch * selected, -1, queries);
   check_heads(a.query_index, a.head_index, batch * selected, heads);
-  py::gil_scoped_release release;
-  kernels()->aggregate_attention(a);
+  run(kernels()->aggregate_attention, a);
 }
 
 void select_tokens(Address scores, Address padding, Address noise, int64_t batch, int64_t tokens,
@@ -277,17 +343,17 @@ void select_tokens(Address scores, Address padding, Address noise, int64_t batch
                    Address num_masked_rows, int64_t num_masked, double random_fraction,
                    double pool_ratio, Address mask, Address ids_visible, Address ids_masked,
                    Address ids_restore, Address out_num_visible, Address out_num_masked,
-                   int threads) {
+                   const Where& where) {
   const SelectTokensArgs a =
       select_args(scores, padding, noise, batch, tokens, width_visible, width_masked, mask_ratio,
                   num_masked_rows, num_masked, random_fraction, pool_ratio, mask, ids_visible,
-                  ids_masked, ids_restore, out_num_visible, out_num_masked, threads);
-  py::gil_scoped_release release;
-  kernels()->select_tokens(a);
+                  ids_masked, ids_restore, out_num_visible, out_num_masked, where);
+  run("select_tokens", kernels()->select_tokens, SMA_CUDA(select_tokens), a, where);
 }
 
 void draw_queries(Address noise, Address padding, Address num_queries_rows, int64_t batch,
-                  int64_t candidates, int64_t num_queries, Address query_index, int threads) {
+                  int64_t candidates, int64_t num_queries, Address query_index,
+                  const Where& where) {
   DrawQueriesArgs a = {};
   a.noise = at<float>(noise);
   a.padding = at<uint8_t>(padding);
@@ -296,23 +362,21 @@ void draw_queries(Address noise, Address padding, Address num_queries_rows, int6
   a.candidates = candidates;
   a.num_queries = num_queries;
   a.query_index = at<int64_t>(query_index);
-  a.threads = threads;
+  a.threads = threads_of(where);
   check_length("noise", candidates);
   check_counts("num_queries", a.num_queries_rows, batch);
-  py::gil_scoped_release release;
-  kernels()->draw_queries(a);
+  run(kernels()->draw_queries, a);
 }
 
 void gather_tokens(const Gather& gather, int64_t batch, int64_t tokens, int64_t visible,
-                   Address ids, int threads) {
-  const GatherTokensArgs a = gather_args(gather, batch, tokens, visible, ids, threads);
-  check_index("ids", a.ids, batch * visible, -1, tokens);
-  py::gil_scoped_release release;
-  kernels()->gather_tokens(a);
+                   Address ids, const Where& where) {
+  const GatherTokensArgs a = gather_args(gather, batch, tokens, visible, ids, where);
+  if (on_cpu(where)) check_index("ids", a.ids, batch * visible, -1, tokens);
+  run("gather_tokens", kernels()->gather_tokens, SMA_CUDA(gather_tokens), a, where);
 }
 
 void gather_tokens_backward(Address grad, int dtype, int64_t batch, int64_t visible, int64_t tokens,
-                            int64_t width, Address ids, Address out, int threads) {
+                            int64_t width, Address ids, Address out, const Where& where) {
   GatherTokensBackwardArgs a = {};
   a.grad = at<void>(grad);
   a.dtype = dtype;
@@ -322,17 +386,16 @@ void gather_tokens_backward(Address grad, int dtype, int64_t batch, int64_t visi
   a.width = width;
   a.ids = at<int64_t>(ids);
   a.out = at<void>(out);
-  a.threads = threads;
+  a.threads = threads_of(where);
   check_length("grad", tokens > visible ? tokens : visible);
   check_index("ids", a.ids, batch * visible, -1, tokens);
-  py::gil_scoped_release release;
-  kernels()->gather_tokens_backward(a);
+  run(kernels()->gather_tokens_backward, a);
 }
 
 void restore_tokens(Address visible, int64_t visible_batch_bytes, int64_t visible_token_bytes,
                     Address fill, int64_t fill_batch_bytes, int64_t fill_token_bytes,
                     int64_t row_bytes, int64_t batch, int64_t visible_count, int64_t fill_count,
-                    int64_t tokens, Address ids_restore, Address out, int threads) {
+                    int64_t tokens, Address ids_restore, Address out, const Where& where) {
   RestoreTokensArgs a = {};
   a.visible_rows = at<void>(visible);
   a.fill_rows = at<void>(fill);
@@ -347,16 +410,16 @@ void restore_tokens(Address visible, int64_t visible_batch_bytes, int64_t visibl
   a.tokens = tokens;
   a.ids_restore = at<int64_t>(ids_restore);
   a.out = at<void>(out);
-  a.threads = threads;
-  check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
-  py::gil_scoped_release release;
-  kernels()->restore_tokens(a);
+  a.threads = threads_of(where);
+  if (on_cpu(where))
+    check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
+  run("restore_tokens", kernels()->restore_tokens, SMA_CUDA(restore_tokens), a, where);
 }
 
 void restore_tokens_backward(Address grad, int dtype, int64_t batch, int64_t tokens,
                              int64_t visible_count, int64_t fill_count, int64_t width,
                              bool shared_fill, Address ids_restore, Address grad_visible,
-                             Address grad_fill, int threads) {
+                             Address grad_fill, const Where& where) {
   RestoreTokensBackwardArgs a = {};
   a.grad = at<void>(grad);
   a.dtype = dtype;
@@ -369,11 +432,10 @@ void restore_tokens_backward(Address grad, int dtype, int64_t batch, int64_t tok
   a.ids_restore = at<int64_t>(ids_restore);
   a.grad_visible = at<void>(grad_visible);
   a.grad_fill = at<void>(grad_fill);
-  a.threads = threads;
+  a.threads = threads_of(where);
   check_length("grad", tokens > visible_count + fill_count ? tokens : visible_count + fill_count);
   check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
-  py::gil_scoped_release release;
-  kernels()->restore_tokens_backward(a);
+  run(kernels()->restore_tokens_backward, a);
 }
 
 void self_guided_masking(Address query, Address key, int dtype, int64_t batch, int64_t heads,
@@ -385,14 +447,14 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
                          double random_fraction, double pool_ratio, Address mask,
                          Address ids_visible, Address ids_masked, Address ids_restore,
                          Address out_num_visible, Address out_num_masked,
-                         const std::vector<Gather>& gathers, int threads) {
+                         const std::vector<Gather>& gathers, const Where& where) {
   SelfGuidedMaskingArgs a = {};
   a.attention = attention_args(query, key, dtype, batch, heads, kv_heads, queries, tokens, selected,
                                width, query_strides, key_strides, query_index, head_index, padding,
-                               scale, reduce, scores, threads);
+                               scale, reduce, scores, where);
   a.select = select_args(scores, padding, noise, batch, tokens, width_visible, width_masked,
                          mask_ratio, 0, 0, random_fraction, pool_ratio, mask, ids_visible,
-                         ids_masked, ids_restore, out_num_visible, out_num_masked, threads);
+                         ids_masked, ids_restore, out_num_visible, out_num_masked, where);
   if (reduce == kNone) throw py::value_error("head_reduce: got 'none', allowed is 'mean' or 'sum'");
   if (mask_queries) {
     if (queries != tokens)
@@ -405,37 +467,22 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
                           " tensors, allowed is at most " + std::to_string(kMaxTokenTensors));
   a.num_gathers = static_cast<int>(gathers.size());
   for (int i = 0; i < a.num_gathers; ++i)
-    a.gathers[i] = gather_args(gathers[i], batch, tokens, width_visible, ids_visible, threads);
-  py::gil_scoped_release release;
-  kernels()->self_guided_masking(a);
+    a.gathers[i] = gather_args(gathers[i], batch, tokens, width_visible, ids_visible, where);
+  run(kernels()->self_guided_masking, a);
 }
 
 void random_masking(const Gather& gather, Address noise, int64_t batch, int64_t tokens,
                     int64_t visible, Address ids_visible, Address mask, Address ids_restore,
-                    int threads) {
+                    const Where& where) {
   RandomMaskingArgs a = {};
-  a.gather = gather_args(gather, batch, tokens, visible, ids_visible, threads);
+  a.gather = gather_args(gather, batch, tokens, visible, ids_visible, where);
   a.noise = at<float>(noise);
   a.ids_visible = at<int64_t>(ids_visible);
   a.mask = at<float>(mask);
   a.ids_restore = at<int64_t>(ids_restore);
   check_length("tokens", tokens);
-  py::gil_scoped_release release;
-  kernels()->random_masking(a);
+  run(kernels()->random_masking, a);
 }
-
-#ifdef SMA_CUDA_ARCHS
-void cuda_gather_tokens(const Gather& gather, int64_t batch, int64_t tokens, int64_t visible,
-                        Address ids, int device, Address stream) {
-  const GatherTokensArgs a = gather_args(gather, batch, tokens, visible, ids, 0);
-  const char* error = cuda::gather_tokens(a, device, at<void>(stream));
-  if (error != nullptr)
-    throw std::runtime_error(
-        "gather_tokens on CUDA device " + std::to_string(device) + ", tokens (" +
-        std::to_string(batch) + ", " + std::to_string(tokens) + ", " + std::to_string(a.row_bytes) +
-        " bytes), ids (" + std::to_string(batch) + ", " + std::to_string(visible) + "): " + error);
-}
-#endif
 
 py::dict build_info() {
   py::dict info;
@@ -487,7 +534,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("restore_tokens_backward", &restore_tokens_backward);
   m.def("self_guided_masking", &self_guided_masking);
   m.def("random_masking", &random_masking);
-#ifdef SMA_CUDA_ARCHS
-  m.def("cuda_gather_tokens", &cuda_gather_tokens);
-#endif
+  m.attr("cuda_ops") = cuda_ops();
 }

@@ -23,8 +23,8 @@ from sma_fast._version import __version__
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# kernels/ knows torch and triton only: what must be looked at before a launch stands here
-_TRITON_CHECKS = {
+# what a GPU's kernel cannot look at without waiting: SMA_FAST_CHECK=1 has it looked at here, first
+_GPU_CHECKS = {
     "attention_scores": lambda q, k, index, heads, *_: _check_queries(index, heads, q),
     "aggregate_attention": lambda map, index, heads, *_: _check_queries(index, heads, map),
     "select_tokens": lambda *a: _check("num_masked", a[5], 0, None),
@@ -51,7 +51,17 @@ def implementation(backend: str, op: str, device_type: str) -> Callable:
         return _triton(op, device_type)
     if device_type != backend:
         raise Unavailable(f"backend {backend!r} does not run on device {device_type!r}")
-    return _native.implementation(backend, op)
+    function = _native.implementation(backend, op)
+    return _checked(op, function) if backend == "cuda" else function
+
+
+def _checked(op: str, function: Callable) -> Callable:
+    def checked(*args):
+        _GPU_CHECKS[op](*args)
+        return function(*args)
+
+    checked.dtypes = getattr(function, "dtypes", None)
+    return checked
 
 
 def _check(name: str, index: torch.Tensor | None, low: int, high: int | None) -> None:
@@ -82,12 +92,8 @@ def _triton(op: str, device_type: str) -> Callable:
         raise Unavailable(f"no Triton kernel for {op} yet")
     module = importlib.import_module(f"sma_fast.kernels.{op}")
 
-    def checked(*args):
-        _TRITON_CHECKS[op](*args)
-        return module.launch(*args)
-
-    checked.dtypes = getattr(module, "DTYPES", None)
-    return checked
+    module.launch.dtypes = getattr(module, "DTYPES", None)
+    return _checked(op, module.launch)
 
 
 @functools.cache

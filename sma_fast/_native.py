@@ -1,6 +1,7 @@
 """The native module: outputs are allocated here, addresses and strides handed over.
 
-One function per op and device; `dtypes` of a function says what it takes (None: anything).
+One function per op, for the CPU and, where the module has CUDA kernels, for GPUs; `dtypes` of a
+function says what it takes (None: anything).
 """
 
 import collections
@@ -60,18 +61,19 @@ def _module():
 
 def implementation(backend: str, op: str) -> Callable:
     """Returns the function of `backend` ("cpu" or "cuda") for `op`, or raises Unavailable."""
-    module = _module()
     if backend == "cuda":
-        if not hasattr(module, "cuda_gather_tokens"):
+        cuda_ops = _module().cuda_ops
+        if not cuda_ops:
             raise Unavailable(
                 "built without CUDA: at installation there was no nvcc, or SMA_FAST_CUDA=0"
             )
         if not torch.cuda.is_available():
             raise Unavailable("no CUDA device that torch can use")
-        if op not in _CUDA:
+        if op not in cuda_ops:
             raise Unavailable(f"no CUDA kernel for {op} yet")
-        return _CUDA[op]
-    return _CPU[op]
+    else:
+        _module()
+    return _OPS[op]
 
 
 def build_info() -> dict[str, object]:
@@ -95,7 +97,7 @@ def set_cpu_isa(name: str) -> str:
     return _module().set_cpu_isa(name)
 
 
-# The CPU
+# The ops
 
 
 def attention_scores(
@@ -103,17 +105,17 @@ def attention_scores(
 ) -> Tensor:
     batch, _, tokens, _ = key.shape
     shape = (batch, query.shape[1], tokens) if head_reduce == "none" else (batch, tokens)
-    scores = _empty(shape, torch.float32)
+    scores = _empty(shape, torch.float32, key.device)
     query_index, head_index, key_padding_mask = _contiguous(
         query_index, head_index, key_padding_mask
     )
-    calls["cpu", "attention_scores"] += 1
+    _count("attention_scores", key)
     _module().attention_scores(
         *_attention(query, key, query_index, head_index, key_padding_mask),
         scale,
         _REDUCE[head_reduce],
         scores.data_ptr(),
-        _threads(),
+        _where(key),
     )
     return scores
 
@@ -121,9 +123,9 @@ def attention_scores(
 def aggregate_attention(attention, query_index, head_index, head_reduce, logits) -> Tensor:
     batch, heads, queries, tokens = attention.shape
     shape = (batch, heads, tokens) if head_reduce == "none" else (batch, tokens)
-    scores = _empty(shape, torch.float32)
+    scores = _empty(shape, torch.float32, attention.device)
     query_index, head_index = _contiguous(query_index, head_index)
-    calls["cpu", "aggregate_attention"] += 1
+    _count("aggregate_attention", attention)
     _module().aggregate_attention(
         attention.data_ptr(),
         _DTYPES[attention.dtype],
@@ -138,7 +140,7 @@ def aggregate_attention(attention, query_index, head_index, head_reduce, logits)
         _REDUCE[head_reduce],
         logits,
         scores.data_ptr(),
-        _threads(),
+        _where(attention),
     )
     return scores
 
@@ -162,8 +164,8 @@ def select_tokens(
         num_masked_rows = num_masked_rows.long().contiguous()
     scores = scores.float().contiguous()
     key_padding_mask, noise = _contiguous(key_padding_mask, noise)
-    selection = _selection(batch, tokens, visible, masked)
-    calls["cpu", "select_tokens"] += 1
+    selection = _selection(batch, tokens, visible, masked, scores.device)
+    _count("select_tokens", scores)
     _module().select_tokens(
         scores.data_ptr(),
         _address(key_padding_mask),
@@ -178,7 +180,7 @@ def select_tokens(
         random_fraction,
         -1.0 if pool_ratio is None else pool_ratio,
         *[x.data_ptr() for x in selection],
-        _threads(),
+        _where(scores),
     )
     return selection
 
@@ -188,8 +190,8 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
     if num_queries_rows is not None:
         num_queries_rows = num_queries_rows.long().contiguous()
     noise, padding_mask = _contiguous(noise, padding_mask)
-    query_index = _empty((batch, num_queries), torch.int64)
-    calls["cpu", "draw_queries"] += 1
+    query_index = _empty((batch, num_queries), torch.int64, noise.device)
+    _count("draw_queries", noise)
     _module().draw_queries(
         noise.data_ptr(),
         _address(padding_mask),
@@ -198,7 +200,7 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
         candidates,
         num_queries,
         query_index.data_ptr(),
-        _threads(),
+        _where(noise),
     )
     return query_index
 
@@ -207,15 +209,15 @@ def gather_tokens(tokens, ids) -> Tensor:
     batch, visible = ids.shape
     tokens, stride = _even_rows(tokens)
     ids = ids.contiguous()
-    out = _empty((batch, visible) + tokens.shape[2:], tokens.dtype)
-    calls["cpu", "gather_tokens"] += 1
+    out = _empty((batch, visible) + tokens.shape[2:], tokens.dtype, tokens.device)
+    _count("gather_tokens", tokens)
     _module().gather_tokens(
         _gather(tokens, stride, out),
         batch,
         tokens.shape[1],
         visible,
         ids.data_ptr(),
-        _threads(),
+        _where(tokens),
     )
     return out
 
@@ -223,8 +225,8 @@ def gather_tokens(tokens, ids) -> Tensor:
 def gather_tokens_backward(grad, ids, num_tokens) -> Tensor:
     batch, visible = ids.shape
     grad, ids = grad.contiguous(), ids.contiguous()
-    out = _empty((batch, num_tokens) + grad.shape[2:], grad.dtype)
-    calls["cpu", "gather_tokens_backward"] += 1
+    out = _empty((batch, num_tokens) + grad.shape[2:], grad.dtype, grad.device)
+    _count("gather_tokens_backward", grad)
     _module().gather_tokens_backward(
         grad.data_ptr(),
         _DTYPES[grad.dtype],
@@ -234,7 +236,7 @@ def gather_tokens_backward(grad, ids, num_tokens) -> Tensor:
         grad.shape[2:].numel(),
         ids.data_ptr(),
         out.data_ptr(),
-        _threads(),
+        _where(grad),
     )
     return out
 
@@ -246,8 +248,8 @@ def restore_tokens(visible, ids_restore, fill) -> Tensor:
     shared = fill.dim() == 1
     fill = fill.contiguous() if shared else _contiguous_rows(fill)
     size = visible.element_size()
-    out = _empty((batch, tokens, width), visible.dtype)
-    calls["cpu", "restore_tokens"] += 1
+    out = _empty((batch, tokens, width), visible.dtype, visible.device)
+    _count("restore_tokens", visible)
     _module().restore_tokens(
         visible.data_ptr(),
         visible.stride(0) * size,
@@ -262,7 +264,7 @@ def restore_tokens(visible, ids_restore, fill) -> Tensor:
         tokens,
         ids_restore.data_ptr(),
         out.data_ptr(),
-        _threads(),
+        _where(visible),
     )
     return out
 
@@ -271,9 +273,9 @@ def restore_tokens_backward(grad, ids_restore, num_visible, num_fill) -> tuple[T
     batch, tokens, width = grad.shape
     grad, ids_restore = grad.contiguous(), ids_restore.contiguous()
     shared = num_fill is None
-    grad_visible = _empty((batch, num_visible, width), grad.dtype)
-    grad_fill = _empty((width,) if shared else (batch, num_fill, width), grad.dtype)
-    calls["cpu", "restore_tokens_backward"] += 1
+    grad_visible = _empty((batch, num_visible, width), grad.dtype, grad.device)
+    grad_fill = _empty((width,) if shared else (batch, num_fill, width), grad.dtype, grad.device)
+    _count("restore_tokens_backward", grad)
     _module().restore_tokens_backward(
         grad.data_ptr(),
         _DTYPES[grad.dtype],
@@ -286,7 +288,7 @@ def restore_tokens_backward(grad, ids_restore, num_visible, num_fill) -> tuple[T
         ids_restore.data_ptr(),
         grad_visible.data_ptr(),
         grad_fill.data_ptr(),
-        _threads(),
+        _where(grad),
     )
     return grad_visible, grad_fill
 
@@ -311,12 +313,12 @@ def self_guided_masking(
     query_index, head_index, key_padding_mask, noise = _contiguous(
         query_index, head_index, key_padding_mask, noise
     )
-    scores = _empty((batch, count), torch.float32)
-    selection = _selection(batch, count, width_visible, width_masked)
+    scores = _empty((batch, count), torch.float32, key.device)
+    selection = _selection(batch, count, width_visible, width_masked, key.device)
     most = _module().most_gathers
-    visible = [_empty((batch, width_visible) + x.shape[2:], x.dtype) for x in tokens]
+    visible = [_empty((batch, width_visible) + x.shape[2:], x.dtype, key.device) for x in tokens]
     rows = [_even_rows(x) for x in tokens]
-    calls["cpu", "self_guided_masking"] += 1
+    _count("self_guided_masking", key)
     _module().self_guided_masking(
         *_attention(query, key, query_index, head_index, key_padding_mask),
         scale,
@@ -331,7 +333,7 @@ def self_guided_masking(
         -1.0 if pool_ratio is None else pool_ratio,
         *[x.data_ptr() for x in selection],
         [_gather(*row, out) for row, out in zip(rows[:most], visible, strict=False)],
-        _threads(),
+        _where(key),
     )
     for i in range(most, len(tokens)):
         visible[i] = gather_tokens(tokens[i], selection[1])
@@ -343,11 +345,11 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
     keep = int(count * (1 - mask_ratio))
     tokens, stride = _even_rows(tokens)
     noise = noise.contiguous()
-    visible = _empty((batch, keep) + tokens.shape[2:], tokens.dtype)
-    ids_visible = _empty((batch, keep), torch.int64)
-    mask = _empty((batch, count), torch.float32)
-    ids_restore = _empty((batch, count), torch.int64)
-    calls["cpu", "random_masking"] += 1
+    visible = _empty((batch, keep) + tokens.shape[2:], tokens.dtype, tokens.device)
+    ids_visible = _empty((batch, keep), torch.int64, tokens.device)
+    mask = _empty((batch, count), torch.float32, tokens.device)
+    ids_restore = _empty((batch, count), torch.int64, tokens.device)
+    _count("random_masking", tokens)
     _module().random_masking(
         _gather(tokens, stride, visible),
         noise.data_ptr(),
@@ -357,30 +359,9 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
         ids_visible.data_ptr(),
         mask.data_ptr(),
         ids_restore.data_ptr(),
-        _threads(),
+        _where(tokens),
     )
     return visible, mask, ids_restore
-
-
-# CUDA
-
-
-def cuda_gather_tokens(tokens, ids) -> Tensor:
-    batch, visible = ids.shape
-    tokens, ids = _contiguous_rows(tokens), ids.contiguous()
-    reference.check_index("ids", ids, -1, tokens.shape[1])
-    out = torch.empty((batch, visible) + tokens.shape[2:], dtype=tokens.dtype, device=tokens.device)
-    calls["cuda", "gather_tokens"] += 1
-    _module().cuda_gather_tokens(
-        _gather(tokens, 1, out),
-        batch,
-        tokens.shape[1],
-        visible,
-        ids.data_ptr(),
-        tokens.device.index,
-        torch.cuda.current_stream(tokens.device).cuda_stream,
-    )
-    return out
 
 
 attention_scores.dtypes = _SCORES
@@ -391,7 +372,7 @@ gather_tokens_backward.dtypes = _ROWS
 restore_tokens.dtypes = _ROWS
 restore_tokens_backward.dtypes = _ROWS
 
-_CPU = {
+_OPS = {
     function.__name__: function
     for function in (
         attention_scores,
@@ -406,7 +387,6 @@ _CPU = {
         random_masking,
     )
 }
-_CUDA = {"gather_tokens": cuda_gather_tokens}
 
 
 # What the functions above share
@@ -437,10 +417,12 @@ def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
     )
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    # large outputs come from the module's cache of freed blocks (csrc/cpu/cache.h); in
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # large outputs on the CPU come from the module's cache of freed blocks (csrc/cpu/cache.h); in
     # deterministic mode torch.empty fills what it returns, so that reading it shows
     size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     if not _LARGE <= size < 1 << 47 or dtype not in _DLPACK:  # torch refuses absurd sizes
         return torch.empty(*shape, dtype=dtype)
     if torch.are_deterministic_algorithms_enabled():
@@ -448,20 +430,22 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return from_dlpack(_module().empty_output(shape, *_DLPACK[dtype]))
 
 
-def _selection(batch: int, tokens: int, visible: int, masked: int) -> tuple[Tensor, ...]:
+def _selection(
+    batch: int, tokens: int, visible: int, masked: int, device: torch.device
+) -> tuple[Tensor, ...]:
     empty = _empty if batch * tokens * 8 >= _LARGE else _small
     return (
-        empty((batch, tokens), torch.bool),
-        empty((batch, visible), torch.int64),
-        empty((batch, masked), torch.int64),
-        empty((batch, tokens), torch.int64),
-        torch.empty(batch, dtype=torch.int32),
-        torch.empty(batch, dtype=torch.int32),
+        empty((batch, tokens), torch.bool, device),
+        empty((batch, visible), torch.int64, device),
+        empty((batch, masked), torch.int64, device),
+        empty((batch, tokens), torch.int64, device),
+        torch.empty(batch, dtype=torch.int32, device=device),
+        torch.empty(batch, dtype=torch.int32, device=device),
     )
 
 
-def _small(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype)
+def _small(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def _gather(tokens: Tensor, stride: int, out: Tensor) -> tuple[int, ...]:
@@ -506,15 +490,26 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 
 def _even_rows(x: Tensor) -> tuple[Tensor, int]:
-    # any strides between rows, and one stride within a row, which is returned too
+    # any strides between rows, and one stride within a row, which is returned too; 1 on a GPU
     stride = _row_stride(x)
-    if stride == 1 or (stride and x.element_size() <= 8):
+    if stride == 1 or (stride and x.element_size() <= 8 and _backend(x) == "cpu"):
         return x, stride
     return x.contiguous(), 1
 
 
-def _threads() -> int:
-    return 1 if _in_fork else torch.get_num_threads()
+def _backend(x: Tensor) -> str:
+    return x.device.type
+
+
+def _where(x: Tensor) -> tuple[int, int]:
+    # a CUDA device and its current stream; or -1 and the number of threads
+    if _backend(x) == "cuda":
+        return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    return -1, 1 if _in_fork else torch.get_num_threads()
+
+
+def _count(op: str, x: Tensor) -> None:
+    calls[_backend(x), op] += 1
 
 
 def _stay_single() -> None:

@@ -237,9 +237,11 @@ def backend(
     outputs: list[torch.Tensor] = []
     allocate = _native._empty
 
-    def allocate_among_sentinels(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if not torch.are_deterministic_algorithms_enabled():
-            return allocate(shape, dtype)
+    def allocate_among_sentinels(
+        shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        if not torch.are_deterministic_algorithms_enabled() or device.type != "cpu":
+            return allocate(shape, dtype, device)
         size = math.prod(shape)
         outputs.append(torch.empty(size + 2 * MARGIN, dtype=dtype))  # poisoned
         # through DLPack it is a storage of its own, which opcheck compares with the fake's

@@ -1,12 +1,24 @@
-// Entry points of the CUDA kernels. Each launches on the given device and stream and returns null,
-// or the text of the error; none allocates or synchronises.
+// Entry points of the CUDA kernels, without CUDA's headers. Each launches on the given device and
+// stream and returns 0 or CUDA's error; none allocates or synchronises.
 #pragma once
+#include <string>
+
 #include "../args.h"
 
 namespace sma {
 namespace cuda {
 
-const char* gather_tokens(const GatherTokensArgs& a, int device, void* stream);
+struct Place {
+  int device;
+  void* stream;
+};
+
+int gather_tokens(const GatherTokensArgs& a, const Place& place);
+int restore_tokens(const RestoreTokensArgs& a, const Place& place);
+int select_tokens(const SelectTokensArgs& a, const Place& place);
+
+// What an error means, and what to do.
+std::string error_text(int error);
 
 }  // namespace cuda
 }  // namespace sma

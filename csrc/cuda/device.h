@@ -1,0 +1,163 @@
+// What the CUDA kernels share: instructions that CUDA C++ has no word for, and how one is launched.
+// Compiled by another compiler than nvcc, it is the emulator of the tests (tests/emulated_cuda).
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "emulated_cuda.h"
+#endif
+
+namespace sma {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+#ifdef __CUDACC__
+
+__device__ inline char* shared_memory() {
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return reinterpret_cast<char*>(dynamic_shared_memory);
+}
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+// d += a b: a (16, k), b (k, 8), d (16, 8), spread over the lanes as PTX says.
+#define SMA_MMA(name, shape, types)                                                              \
+  __device__ inline void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned." shape ".row.col.f32." types                                 \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                    \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                \
+  }
+SMA_MMA(mma_bf16, "m16n8k16", "bf16.bf16")
+SMA_MMA(mma_fp16, "m16n8k16", "f16.f16")
+SMA_MMA(mma_tf32, "m16n8k8", "tf32.tf32")
+#undef SMA_MMA
+
+// 16 bytes from global to shared memory on their way; the last 16 - bytes are zeros.
+__device__ inline void copy_async_16(void* shared, const void* global, int bytes) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+               : "memory");
+}
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>  // groups that may still be on their way
+__device__ inline void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Rows that are read, or written, once: they need no place in L1.
+__device__ inline uint4 load_stream(const uint4* from) { return __ldcs(from); }
+__device__ inline void store_stream(uint4* to, uint4 word) { __stcs(to, word); }
+
+// The cluster of blocks this one belongs to; before sm_90 a cluster is one block.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ inline unsigned cluster_size() {
+  unsigned size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+template <class T>  // the same place in the shared memory of another block of the cluster
+__device__ inline T* cluster_map(T* shared, unsigned rank) {
+  uint64_t there;
+  asm volatile("mapa.u64 %0, %1, %2;"
+               : "=l"(there)
+               : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(there);
+}
+#else
+__device__ inline unsigned cluster_rank() { return 0; }
+__device__ inline unsigned cluster_size() { return 1; }
+__device__ inline void cluster_sync() { __syncthreads(); }
+template <class T>
+__device__ inline T* cluster_map(T* shared, unsigned) {
+  return shared;
+}
+#endif
+
+#endif  // __CUDACC__
+
+// How a kernel is launched, with how many blocks in a cluster.
+struct Grid {
+  dim3 blocks;
+  unsigned threads;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;
+};
+
+// Makes the place's device the current one while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Place& place) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != place.device) {
+      error_ = cudaSetDevice(place.device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaError_t error_;
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+template <class... Params, class... Arguments>
+cudaError_t launch(void (*kernel)(Params...), const Grid& grid, const Place& place,
+                   const Arguments&... arguments) {
+  if (grid.shared_bytes > (48 << 10)) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = grid.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid.blocks;
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(place.stream);
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(arguments)...);
+}
+
+// What a device has, asked once.
+struct DeviceLimits {
+  int multiprocessors, shared_bytes, major;
+};
+const DeviceLimits& limits_of(int device);
+
+}  // namespace cuda
+}  // namespace sma
