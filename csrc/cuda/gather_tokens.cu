@@ -1,7 +1,6 @@
 // gather_tokens on a GPU: one warp a row, 16 bytes a thread where addresses and sizes allow it.
 // An id outside [0, N) reads nothing and gives zeros.
-#include <cuda_runtime.h>
-
+#include "device.h"
 #include "kernels.h"
 
 namespace sma {
@@ -40,14 +39,18 @@ bool fits(const GatherTokensArgs& a) {
 }
 
 template <class Word>
-void launch(const GatherTokensArgs& a, cudaStream_t stream) {
+cudaError_t launch(const GatherTokensArgs& a, cudaStream_t stream) {
   const int64_t rows = a.batch * a.visible;
   const int64_t blocks = (rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
   const unsigned grid = static_cast<unsigned>(blocks < (1 << 20) ? blocks : (1 << 20));
-  gather_rows<Word><<<grid, dim3(kWarp, kWarpsPerBlock), 0, stream>>>(
-      static_cast<const char*>(a.rows), a.batch_bytes, a.token_bytes,
-      a.row_bytes / static_cast<int64_t>(sizeof(Word)), a.tokens, a.visible, rows, a.ids,
-      static_cast<Word*>(a.out));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kWarp, kWarpsPerBlock);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, gather_rows<Word>, static_cast<const char*>(a.rows),
+                            a.batch_bytes, a.token_bytes,
+                            a.row_bytes / static_cast<int64_t>(sizeof(Word)), a.tokens, a.visible,
+                            rows, a.ids, static_cast<Word*>(a.out));
 }
 
 }  // namespace
@@ -59,10 +62,9 @@ const char* gather_tokens(const GatherTokensArgs& a, int device, void* stream) {
   if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const auto s = static_cast<cudaStream_t>(stream);
-  if (fits<uint4>(a)) launch<uint4>(a, s);
-  else if (fits<uint32_t>(a)) launch<uint32_t>(a, s);
-  else launch<uint8_t>(a, s);
-  error = cudaGetLastError();
+  if (fits<uint4>(a)) error = launch<uint4>(a, s);
+  else if (fits<uint32_t>(a)) error = launch<uint32_t>(a, s);
+  else error = launch<uint8_t>(a, s);
   if (before != device) cudaSetDevice(before);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
