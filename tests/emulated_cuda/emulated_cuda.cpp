@@ -12,6 +12,8 @@
 #include <new>
 #include <numeric>
 
+#include "faults.h"
+
 dim3 gridDim, blockDim;
 
 namespace emulated {
@@ -128,9 +130,7 @@ void try_release(Barrier& barrier) {
 }
 
 bool holds(const char* from, size_t bytes, char value) {
-  for (size_t i = 0; i < bytes; ++i)
-    if (from[i] != value) return false;
-  return true;
+  return bytes == 0 || (from[0] == value && memcmp(from, from + 1, bytes - 1) == 0);
 }
 
 // Once all its threads have returned, nothing may look at the shared memory of a block.
@@ -259,6 +259,7 @@ int barrier_wait(Barrier& barrier, const char* name, int predicate) {
 
 std::string run(const Launch& launch) {
   const std::lock_guard<std::mutex> guard(one_launch);
+  const CatchFaults catch_faults;
   const dim3 b = launch.block, c = launch.cluster;
   const unsigned threads = b.x * b.y * b.z, size = c.x * c.y * c.z;
   const char* seed = getenv("SMA_EMULATED_SEED");
