@@ -1,0 +1,135 @@
+// What the runtime refuses, as a GPU of compute capability 9.0 does.
+#include "emulated_cuda.h"
+
+#include <map>
+#include <mutex>
+
+namespace {
+
+constexpr size_t kPortableShared = 48 << 10;
+constexpr int kMostShared = 232448;
+constexpr unsigned kMostThreads = 1024, kMostGrid = 65535;
+constexpr unsigned kPortableCluster = 8, kMostCluster = 16;
+
+struct Attributes {
+  size_t shared = kPortableShared;
+  bool large_clusters = false;
+};
+
+std::mutex attributes_guard;
+std::map<const void*, Attributes> attributes;
+thread_local cudaError_t last = cudaSuccess;       // until somebody asks for it
+thread_local cudaError_t described = cudaSuccess;  // what `description` is of
+thread_local std::string description;
+
+cudaError_t report(cudaError_t error, const std::string& text) {
+  last = described = error;
+  description = text;
+  return error;
+}
+
+Attributes attributes_of(const void* kernel) {
+  const std::lock_guard<std::mutex> guard(attributes_guard);
+  const auto found = attributes.find(kernel);
+  return found == attributes.end() ? Attributes{} : found->second;
+}
+
+std::string text(const dim3& d) {
+  return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+}
+
+}  // namespace
+
+const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaSuccess) return "no error";
+  return error == described ? description.c_str() : "an error of the emulated CUDA runtime";
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last;
+  last = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaPeekAtLastError() { return last; }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device == 0) return cudaSuccess;
+  return report(cudaErrorInvalidDevice, "device " + std::to_string(device) + " of 1");
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return cudaSetDevice(device);
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = kMostShared;
+      return cudaSuccess;
+  }
+  return report(cudaErrorInvalidValue, "device attribute " + std::to_string(attribute));
+}
+
+cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  memset(at, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard<std::mutex> guard(attributes_guard);
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || value > kMostShared)
+      return report(cudaErrorInvalidValue, std::to_string(value) + " bytes of shared memory");
+    attributes[kernel].shared = static_cast<size_t>(value);
+  } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    attributes[kernel].large_clusters = value != 0;
+  }
+  return cudaSuccess;
+}
+
+namespace emulated {
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
+                   std::function<void()> kernel) {
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  dim3 cluster;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& a = config.attrs[i];
+    if (a.id == cudaLaunchAttributeClusterDimension)
+      cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
+  }
+  const Attributes allowed = attributes_of(key);
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMostThreads || block.z > 64)
+    return report(cudaErrorInvalidConfiguration, "a block of " + text(block) + " threads");
+  if (uint64_t{grid.x} * grid.y * grid.z == 0 || grid.x > INT32_MAX || grid.y > kMostGrid ||
+      grid.z > kMostGrid)
+    return report(cudaErrorInvalidConfiguration, "a grid of " + text(grid) + " blocks");
+  if (config.dynamicSmemBytes > allowed.shared)
+    return report(cudaErrorInvalidValue, std::to_string(config.dynamicSmemBytes) +
+                                             " bytes of shared memory, the kernel may have " +
+                                             std::to_string(allowed.shared));
+  const uint64_t blocks = uint64_t{cluster.x} * cluster.y * cluster.z;
+  if (blocks == 0 || blocks > (allowed.large_clusters ? kMostCluster : kPortableCluster))
+    return report(cudaErrorInvalidClusterSize, "a cluster of " + text(cluster) + " blocks");
+  if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0)
+    return report(cudaErrorInvalidConfiguration,
+                  "a grid of " + text(grid) + " blocks in clusters of " + text(cluster));
+  const std::string failure =
+      run({grid, block, cluster, config.dynamicSmemBytes, std::move(kernel)});
+  return failure.empty() ? cudaSuccess : report(cudaErrorLaunchFailure, failure);
+}
+
+}  // namespace emulated
