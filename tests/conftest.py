@@ -1,6 +1,7 @@
 """Fixtures: every implementation this machine has, and memory that shows what was not written.
 
-SMA_FAST_REQUIRE="cpu,triton,peers,train" makes what is missing an error instead of a skip.
+SMA_FAST_REQUIRE="cpu,triton,peers,train" makes what is missing an error instead of a skip. CUDA
+kernels run in an emulator where there is no GPU (tests/emulation.py).
 """
 
 import functools
@@ -17,6 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import emulation
 import hypothesis
 import pytest
 import torch
@@ -61,7 +63,13 @@ class Implementation:
     device: str
     isa: str | None = None
 
+    @property
+    def emulated(self) -> bool:
+        return (self.backend, self.device) == ("cuda", "cpu")
+
     def __str__(self) -> str:
+        if self.emulated:
+            return "cuda-emulated"
         return self.isa and f"{self.backend}-{self.isa}" or self.backend
 
 
@@ -90,6 +98,8 @@ def implementations(op: str) -> list[Implementation]:
         if why_missing(backend, op) is None:
             sets = _native.cpu_instruction_sets() if backend == "cpu" else (None,)
             found += [Implementation(backend, device_of(backend), isa) for isa in sets]
+    if emulation.why_missing(op) is None:
+        found.append(Implementation("cuda", "cpu"))
     return found
 
 
@@ -101,6 +111,8 @@ def missing_backends() -> dict[str, str]:
         lacks = any if backend == "cpu" else all  # kernels for the GPU come one by one
         if lacks(reasons):
             missing[backend] = next(filter(None, reasons))
+    if reason := emulation.why_missing("gather_tokens"):
+        missing["emulated"] = reason
     return missing
 
 
@@ -113,7 +125,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.set_blocked("logging-plugin")
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
     # peers: the packages that test_compat_... compare with; build: test_build, which downloads
-    allowed = (*_dispatch.BACKENDS, "peers", "build", "golden", "train")
+    allowed = (*_dispatch.BACKENDS, "emulated", "peers", "build", "golden", "train")
     if required - set(allowed):
         raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(allowed)}")
     missing = missing_backends()
@@ -175,6 +187,7 @@ class Forced:
     def __init__(self, implementation: Implementation):
         self.backend, self.device = implementation.backend, implementation.device
         self.ran: Counter[str] = Counter()
+        self.raised: Counter[str] = Counter()
         self.arguments: dict[str, tuple] = {}  # of the last call of each registered op
         self.refused = False
 
@@ -221,7 +234,10 @@ def backend(
     find = _dispatch.implementation
 
     def find_and_count(backend: str, op: str, device_type: str):
-        function = find(backend, op, device_type)
+        if chosen.emulated and (backend, device_type) == ("cuda", "cpu"):
+            function = emulation.implementation(op)
+        else:
+            function = find(backend, op, device_type)
         if backend != chosen.backend:
             return function
 
@@ -229,7 +245,11 @@ def backend(
         def counted(*arguments):
             forced.ran[op] += 1
             forced.arguments[op] = arguments
-            return function(*arguments)
+            try:
+                return function(*arguments)
+            except ValueError:  # what was looked at before a kernel was called
+                forced.raised[op] += 1
+                raise
 
         counted.dtypes = getattr(function, "dtypes", None)
         return counted
@@ -251,7 +271,9 @@ def backend(
     monkeypatch.setattr(_native, "_small", allocate_among_sentinels)
     monkeypatch.setattr(_dispatch, "implementation", find_and_count)
     _dispatch._choose.cache_clear()
-    if chosen.device == "cuda":  # index values are looked at there only then
+    if chosen.emulated:
+        emulation.use(monkeypatch)
+    if chosen.backend == "cuda":  # index values are looked at there only then
         monkeypatch.setenv("SMA_FAST_CHECK", "1")
     before = _native.set_cpu_isa(chosen.isa) if chosen.isa else None
     native_calls = _native.calls.copy()
@@ -262,7 +284,8 @@ def backend(
             assert forced.ran or forced.refused, f"no op ran on {chosen}"
         if chosen.backend in ("cpu", "cuda"):
             native = _native.calls - native_calls
-            assert all(native[chosen.backend, op] >= n for op, n in forced.ran.items())
+            reached = forced.ran - forced.raised
+            assert all(native[chosen.backend, op] >= n for op, n in reached.items())
         for buffer in outputs:
             margins = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
             poison = torch.empty(2 * MARGIN, dtype=buffer.dtype)
