@@ -11,6 +11,8 @@ BIN := .venv/bin
 RESULT := .benchmarks/bench.json
 # where the recorded results of the published code are, a test that cannot read them fails
 GOLDEN := $(if $(wildcard ../shared/golden/*.npz),$(comma)golden)
+# where there is an nvcc, a test that cannot compile with it fails
+NVCC := $(if $(CUDA_HOME)$(shell command -v nvcc),$(comma)nvcc)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h' -o -name '*.c*')
 
 .PHONY: demo test bench science kernels-report lint gpu clean
@@ -19,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
 
 # Triton's interpreter, which takes half of the time, in a process beside the others
-TEST = TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers,build,train$(GOLDEN) $(BIN)/pytest
+TEST = TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers,build,train$(GOLDEN)$(NVCC) $(BIN)/pytest
 test: .venv/installed
 	$(TEST) -m interpreted -p no:cacheprovider & $(TEST) -m "not interpreted"; rest=$$?; wait $$! && exit $$rest
 
@@ -32,7 +34,8 @@ bench: .venv/installed
 science: .venv/installed
 	$(BIN)/python -m bench.science --data $(DATA) --out $(SCIENCE_OUT) --scale $(SCALE) --save
 
-# registers, shared memory and spills of Triton's kernels; needs no GPU
+# registers, shared memory and spills of Triton's kernels and, where there is nvcc, CUDA's; needs no
+# GPU
 kernels-report: .venv/installed
 	$(BIN)/python -m bench.kernels_report
 
