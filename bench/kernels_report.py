@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every kernel: `python -m bench.kernels_report`.
 
-Needs no GPU: the kernels of Triton and of nvcc are compiled for architectures that are not here. Ends
-with status 1 where a kernel spills registers or keeps an array in local memory.
+Needs no GPU: what Triton and nvcc compile is for architectures that are not here. Ends with status
+1 where a kernel spills registers or keeps an array in local memory.
 """
 
 import argparse
