@@ -3,6 +3,7 @@
 # SCIENCE_OUT and SCALE (small or full) those of make science.
 comma := ,
 PYTHON ?= python3
+GPU ?=
 DEMO_OUT ?= demo-out
 DATA ?= ../shared/data
 SCIENCE_OUT ?= science-out
@@ -44,11 +45,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-# On a machine with a GPU. Already there: torch built for CUDA, triton, nvcc, setuptools 77 or newer,
-# pybind11, ninja, numpy, pytest, hypothesis and expecttest.
+# On a machine with a GPU: tests, benchmarks, compute-sanitizer; GPU holds more options of bench.gpu.
+# Already there: torch built for CUDA, triton, nvcc, setuptools 77 or newer, pybind11, ninja, numpy,
+# pytest, pytest-benchmark, hypothesis and expecttest. flash-colreduce (PyPI) is timed where it is.
 gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	SMA_FAST_REQUIRE=cpu,triton,cuda $(PYTHON) -m pytest
+	$(PYTHON) -m bench.gpu $(GPU)
 
 # torch comes first and alone: a later step that wants a range of it then installs no other build
 .venv/installed: $(SOURCES)

@@ -1,10 +1,10 @@
 """Proof on a GPU: tests, benchmarks and compute-sanitizer into one JSON: `python -m bench.gpu`.
 
-A part of it is enough (`--only tests`), and a later call adds to the JSON of an earlier one: to that
-of the same day and machine in `--out`, or to the one named with `--start`; what has passed or has
-been measured there is not done again. `--join` joins what several calls wrote and runs nothing. The
-JSON says what ran. Nothing in it is typed by hand: where it was measured without git, the commit
-comes in when a checkout with the same sources touches the file.
+A part of it is enough (`--only tests`), and a later call adds to the JSON of an earlier one: that
+of the same day and machine in `--out`, or the one named with `--start`. What has passed or has been
+measured there is not done again. `--join` joins what several calls wrote and runs nothing. The JSON
+says what ran. Nothing in it is typed by hand: where it was measured without git, the commit comes
+in when a checkout with the same sources touches the file.
 
 Ends with status 1 where a stage failed.
 """

@@ -87,8 +87,9 @@ class Rounds:
     """
 
     def __init__(self, call: Call, check: Callable[[Any], None], graph: bool) -> None:
-        wanted = L2_TIMES * torch.cuda.get_device_properties().L2_cache_size
-        inputs = copies(call, wanted)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        inputs = copies(call, L2_TIMES * properties.L2_cache_size)
+        self.copies = len(inputs)
         self._run = functools.partial(_one_by_one, inputs)
         estimate = self._measured() / len(inputs)
         graph = graph and estimate < GRAPH_BELOW and not synchronises(call)

@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,24 +35,22 @@ class Asked(NamedTuple):
 class Run(NamedTuple):
     """One process of benchmarks."""
 
+    name: str
     dtype: str
     batch: str | None  # "full", a number, or each shape's own
     which: str  # an expression for -k
-
-    def __str__(self) -> str:
-        return f"{self.dtype}, batch {self.batch or 'of the shape'}, {self.which}"
 
 
 # What does not depend on the tokens' type is timed in one of them. Most important first.
 ONE_TYPE = "select_tokens or draw_queries or of_all_queries"
 FIXED = "fixed_cost or peak_memory or pretraining_step"
 RUNS = (
-    Run("bfloat16", "8", f"bench_self_guided_masking and (protein or molecule) and not ({FIXED})"),
-    Run("bfloat16", "full", f"not ({ONE_TYPE} or {FIXED})"),
-    Run("float32", None, "select_tokens_of_many"),
-    Run("float16", None, "of_all_queries"),
-    Run("float32", "full", f"not (of_many or of_all_queries or {FIXED})"),
-    Run("bfloat16", None, "bench_overhead"),
+    Run("small batch", "bfloat16", "8", f"bench_self_guided_masking and not ({FIXED})"),
+    Run("bfloat16", "bfloat16", "full", f"not ({ONE_TYPE} or {FIXED})"),
+    Run("rows", "float32", None, "select_tokens_of_many"),
+    Run("all queries", "float16", None, "of_all_queries"),
+    Run("float32", "float32", "full", f"not (of_many or of_all_queries or {FIXED})"),
+    Run("fixed cost", "bfloat16", None, "bench_overhead"),
 )
 SANITIZED = ("tests/test_select_tokens.py", "tests/test_self_guided_masking.py")
 # literal answers, every case of the tables, long rows: not those that draw examples or compile
@@ -69,8 +69,14 @@ class Ended(NamedTuple):
         found: dict[str, Any] = {"status": self.status, "seconds": round(self.seconds, 1)}
         found |= {name.replace("errors", "error"): int(number) for number, name in counts}
         if self.status not in ("passed", "nothing to run"):
-            found["tail"] = self.output.replace(str(ROOT), ".").splitlines()[-TAIL:]
+            found["tail"] = _without_paths(self.output).splitlines()[-TAIL:]
         return found
+
+
+def _without_paths(text: str) -> str:
+    for path, name in ((str(ROOT), "."), (sys.prefix, "PREFIX"), (sys.base_prefix, "PREFIX")):
+        text = text.replace(path, name)
+    return text
 
 
 def _last_line(text: str) -> str:
@@ -84,18 +90,23 @@ def run(command: list[str], until: float, **environment: str) -> Ended:
     if until <= start:
         return Ended("timed out", 0.0, "no time was left to start it")
     with tempfile.TemporaryFile("w+") as output:  # what was printed until then is kept
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # to end it with all that it has started
+        )
         try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=os.environ | environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=until - start,
-            )
-            status = {0: "passed", 5: "nothing to run"}.get(done.returncode, "failed")
+            code = process.wait(until - start)
+            status = {0: "passed", 5: "nothing to run"}.get(code, "failed")
         except subprocess.TimeoutExpired:
             status = "timed out"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         output.seek(0)
         return Ended(status, time.monotonic() - start, output.read())
 
@@ -114,6 +125,7 @@ def tests(result: dict, asked: Asked, until: float) -> bool:
     done = {name for name, file in stage["files"].items() if file["status"] == "passed"}
     cores = os.cpu_count() or 1
     together = min(4, max(1, cores // 4))
+    lock = threading.Lock()
     threads = {"OMP_NUM_THREADS": str(max(1, cores // together))} if together > 1 else {}
 
     def test(name: str) -> None:
@@ -121,8 +133,9 @@ def tests(result: dict, asked: Asked, until: float) -> bool:
         others = [f"--ignore={other}" for other in names if other != name]
         command = pytest("tests", *others)
         ended = run(command, until, SMA_FAST_REQUIRE=stage["require"], **threads)
-        stage["files"][name] = ended.summary()
-        asked.save()
+        with lock:
+            stage["files"][name] = ended.summary()
+            asked.save()
 
     with ThreadPoolExecutor(together) as pool:
         list(pool.map(test, [name for name in wanted if name not in done]))
@@ -141,7 +154,7 @@ def benchmarks(result: dict, asked: Asked, until: float) -> bool:
         command = ["bench", "--benchmark-quiet", "--device", asked.device, "--dtype", each.dtype]
         command += ["-k", which, *(["--batch", each.batch] if each.batch else [])]
         command += ["--quick", "--no-compile"] if asked.quick else []
-        done = [row["test"] for row in rows if row["run"] == str(each)]
+        done = [row["test"] for row in rows if row["run"] == each.name]
         command += [f"--deselect={test}" for test in done]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows"
@@ -149,13 +162,14 @@ def benchmarks(result: dict, asked: Asked, until: float) -> bool:
             lines = file.read_text().splitlines() if file.exists() else []
         found = list(map(json.loads, lines))
         for row in (line for line in found if "op" in line):
-            rows.append({"run": str(each), **row})
+            rows.append({"run": each.name, **row})
             measured = {name: row[name] for name in ("copy_rate", "matrix_rate") if name in row}
             if measured:
                 rates.setdefault(each.dtype, measured)
         for line in (line for line in found if "rates" in line):
             rates.update(line["rates"])
-        stage[str(each)] = ended.summary()
+        if ended.status != "nothing to run" or not done:
+            stage[each.name] = {**each._asdict(), **ended.summary()}
         good = good and ended.status in ("passed", "nothing to run")
         asked.save()
     return good

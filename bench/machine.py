@@ -77,7 +77,7 @@ def described(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
     }
     if device == "cuda":
-        properties = torch.cuda.get_device_properties()
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found |= {
             "machine": properties.name,

@@ -23,6 +23,10 @@ class Target(NamedTuple):
     batch: int | None = None  # None: the shape's own
 
     @property
+    def batch_size(self) -> int:
+        return self.batch or SHAPES[self.shape].batch
+
+    @property
     def at_most(self) -> bool:
         return self.measure in ("floor", "microseconds", "MiB")
 
@@ -146,5 +150,5 @@ def targets_of(row: dict) -> list[Target]:
     return [
         t
         for t in (*TARGETS, *GPU_TARGETS)
-        if key == (t.op, t.part, t.shape, t.device, t.dtype, t.batch or SHAPES[t.shape].batch)
+        if key == (t.op, t.part, t.shape, t.device, t.dtype, t.batch_size)
     ]
