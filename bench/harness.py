@@ -112,9 +112,12 @@ def published_fits(shape: Shape, settings: Settings) -> str | None:
 
 
 def reference(call: Callable[[], Any]) -> Any:
-    """Returns the reference's answer."""
-    with sma_fast.use_backend("reference"):
-        return call()
+    """Returns the reference's answer; skips what it has no memory for."""
+    try:
+        with sma_fast.use_backend("reference"):
+            return call()
+    except torch.OutOfMemoryError:
+        pytest.skip("the reference needs more memory than there is")
 
 
 def our_backends(op: str, device: str) -> list[str]:

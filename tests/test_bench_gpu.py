@@ -172,6 +172,15 @@ def test_readme_s_table_of_a_gpu() -> None:
     assert report.file_name(result) == "2026-01-01-a-gpu.json"
 
 
+def test_microseconds_on_a_gpu_are_those_of_graph_replay() -> None:
+    (target,) = (
+        t for t in targets.GPU_TARGETS if t.measure == "microseconds" and t.shape == "protein"
+    )
+    row = {"ours_s": 20e-6, "timing": "graph"}
+    assert target.met(row) and not target.met({**row, "ours_s": 26e-6})
+    assert target.met({**row, "timing": "events"}) is None
+
+
 def test_targets_name_shapes_at_their_batch() -> None:
     assert set(shapes.FULL_BATCH) == set(shapes.ALL)
     for target in targets.GPU_TARGETS:
