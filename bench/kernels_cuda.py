@@ -26,8 +26,14 @@ def sources() -> list[Path]:
     return sorted(FOLDER.glob("*.cu"))
 
 
-def written(file: Path) -> dict[str, int]:
-    """Returns the kernels that a source defines, and the least architecture that each is for.
+def written() -> dict[str, int]:
+    """Returns the kernels that all sources and headers define, as written_in."""
+    files = [*sources(), *sorted(FOLDER.glob("*.h")), *sorted(FOLDER.glob("*.cuh"))]
+    return {name: least for file in files for name, least in written_in(file).items()}
+
+
+def written_in(file: Path) -> dict[str, int]:
+    """Returns the kernels that a file defines, and the least architecture that each is for.
 
     That is 0, or the largest N of the `#if ... __CUDA_ARCH__ >= N` around the definition.
     """

@@ -76,11 +76,8 @@ def test_cuda_kernels_compile_without_spills(nvcc: str) -> None:
     found = rows(reported("cuda"))
     architectures = kernels_cuda.architectures(nvcc)
     assert {"80", "90a"} < set(architectures) and len(architectures) == 3
-    written: dict[str, int] = {}
-    for source in kernels_cuda.sources():
-        kernels = kernels_cuda.written(source)
-        assert kernels, f"{source.name}: no kernel"
-        written |= kernels
+    written = kernels_cuda.written()
+    assert written
     for architecture in architectures:
         number = int(architecture.rstrip("af"))
         here = {name for name, least in written.items() if least <= number}
@@ -116,7 +113,7 @@ def test_report_sees_shared_and_local_memory(
 
     (tmp_path / "spills.cu").write_text(SPILLS)
     monkeypatch.setattr(kernels_cuda, "FOLDER", tmp_path)
-    assert kernels_cuda.written(tmp_path / "spills.cu") == {"shared": 0, "local": 0}
+    assert kernels_cuda.written() == {"shared": 0, "local": 0}
     report: Callable[..., int] = kernels_report.main
     assert report(["cuda", "--architectures", "80", "--only", "shared"]) == 0
     assert re.search(
@@ -137,7 +134,7 @@ def test_guards_of_architectures(tmp_path: Path) -> None:
         "__global__ void __cluster_dims__(8, 1, 1) from_90(int) {}\n#endif\n"
         "#else\n__global__ void older() {}\n#endif\n"
     )
-    assert kernels_cuda.written(file) == {"everywhere": 0, "from_90": 90, "older": 0}
+    assert kernels_cuda.written_in(file) == {"everywhere": 0, "from_90": 90, "older": 0}
 
 
 def test_report_without_nvcc() -> None:
