@@ -3,6 +3,7 @@
 # SCIENCE_OUT and SCALE (small or full) those of make science.
 comma := ,
 PYTHON ?= python3
+GPU ?=
 DEMO_OUT ?= demo-out
 DATA ?= ../shared/data
 SCIENCE_OUT ?= science-out
@@ -11,6 +12,8 @@ BIN := .venv/bin
 RESULT := .benchmarks/bench.json
 # where the recorded results of the published code are, a test that cannot read them fails
 GOLDEN := $(if $(wildcard ../shared/golden/*.npz),$(comma)golden)
+# where there is an nvcc, a test that cannot compile with it fails
+NVCC := $(if $(CUDA_HOME)$(shell command -v nvcc),$(comma)nvcc)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h' -o -name '*.c*')
 
 .PHONY: demo test bench science kernels-report lint gpu clean
@@ -19,7 +22,7 @@ demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
 
 # Triton's interpreter, which takes half of the time, in a process beside the others
-TEST = TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers,build,train$(GOLDEN) $(BIN)/pytest
+TEST = TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers,build,train$(GOLDEN)$(NVCC) $(BIN)/pytest
 test: .venv/installed
 	$(TEST) -m interpreted -p no:cacheprovider & $(TEST) -m "not interpreted"; rest=$$?; wait $$! && exit $$rest
 
@@ -32,7 +35,8 @@ bench: .venv/installed
 science: .venv/installed
 	$(BIN)/python -m bench.science --data $(DATA) --out $(SCIENCE_OUT) --scale $(SCALE) --save
 
-# registers, shared memory and spills of Triton's kernels; needs no GPU
+# registers, shared memory and spills of Triton's kernels and, where there is nvcc, CUDA's; needs no
+# GPU
 kernels-report: .venv/installed
 	$(BIN)/python -m bench.kernels_report
 
@@ -41,11 +45,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-# On a machine with a GPU. Already there: torch built for CUDA, triton, nvcc, setuptools 77 or newer,
-# pybind11, ninja, numpy, pytest, hypothesis and expecttest.
+# On a machine with a GPU: tests, benchmarks, compute-sanitizer; GPU holds more options of bench.gpu.
+# Already there: torch built for CUDA, triton, nvcc, setuptools 77 or newer, pybind11, ninja, numpy,
+# pytest, pytest-benchmark, hypothesis and expecttest. flash-colreduce (PyPI) is timed where it is.
 gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	SMA_FAST_REQUIRE=cpu,triton,cuda $(PYTHON) -m pytest
+	$(PYTHON) -m bench.gpu $(GPU)
 
 # torch comes first and alone: a later step that wants a range of it then installs no other build
 .venv/installed: $(SOURCES)

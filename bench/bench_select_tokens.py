@@ -46,3 +46,9 @@ def set_up(settings: harness.Settings, name: str) -> harness.Case:
 @pytest.mark.parametrize("shape", shapes.ALL)
 def bench_select_tokens(measure, settings, shape):
     measure(set_up(settings, shape))
+
+
+@pytest.mark.parametrize("shape", shapes.SELECT_ON_GPU)
+def bench_select_tokens_of_many(measure, settings, shape):
+    settings.only_on_gpu()
+    measure(set_up(settings, shape))

@@ -11,31 +11,30 @@ Traps avoided here:
 - One variant's garbage is another's time: the small blocks that Python loops free are joined by the
   next large allocation, whoever asks for it (0.2 ms here, after the published formula). A large
   block is asked for and given back before each round, outside the time taken.
-- A GPU answers late: the clock waits for it, and a round there holds enough calls to hide the wait.
+- A GPU answers late, and its L2 remembers: bench.gpu_rounds. Only a call's fixed cost is taken by
+  the clock there.
 """
 
 import contextlib
 import dataclasses
 import functools
-import io
 import itertools
-import math
-import pathlib
-import platform
 import statistics
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 import sma_fast
-from bench import memory, roofline
-from bench.shapes import SHAPES, Shape, scaled_down
+from bench import gpu_rounds, memory, roofline
+from bench.shapes import FULL_BATCH, SHAPES, Shape, scaled_down
 
 BUDGET = 4.0  # seconds of timing for one benchmark, shared by its variants
 ROUNDS = 100  # at most
 FIXED_COST_CALLS = 500  # in a round, where only a call's fixed cost is left
-GPU_ROUND = 2e-3  # seconds that a round lasts at least on a GPU
+GPU_BUDGET = 1.0  # in place of BUDGET
+LOOPS = 1024  # samples, at most, that the published formula's Python loops are timed on there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +43,22 @@ class Settings:
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    batch: int | None = None  # instead of each shape's own
+    batch: int | str | None = None  # instead of each shape's own; "full" fills a large GPU
     quick: bool = False
     compile: bool = True
     keep_memory: bool = False
 
     def shape(self, name: str) -> Shape:
         shape = SHAPES[name]
-        if self.batch is not None and name != "2x16":
-            shape = dataclasses.replace(shape, batch=self.batch)
+        if self.batch is not None and not shape.fixed_batch:
+            batch = FULL_BATCH[name] if self.batch == "full" else self.batch
+            shape = dataclasses.replace(shape, batch=batch)
         return scaled_down(shape) if self.quick else shape
+
+    def only_on_gpu(self) -> None:
+        """Skips a benchmark whose shape is a GPU's."""
+        if self.device == "cpu" and not self.quick:
+            pytest.skip("a shape for GPUs")
 
 
 @dataclasses.dataclass
@@ -107,9 +112,12 @@ def published_fits(shape: Shape, settings: Settings) -> str | None:
 
 
 def reference(call: Callable[[], Any]) -> Any:
-    """Returns the reference's answer."""
-    with sma_fast.use_backend("reference"):
-        return call()
+    """Returns the reference's answer; skips what it has no memory for."""
+    try:
+        with sma_fast.use_backend("reference"):
+            return call()
+    except torch.OutOfMemoryError:
+        pytest.skip("the reference needs more memory than there is")
 
 
 def our_backends(op: str, device: str) -> list[str]:
@@ -136,6 +144,7 @@ class _Variant:
     estimate: float = 0.0  # seconds a call
     rounds: int = 1
     calls: int = 1
+    on_gpu: gpu_rounds.Rounds | None = None  # instead of the clock
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def force(self) -> contextlib.AbstractContextManager:
@@ -144,6 +153,8 @@ class _Variant:
     def round(self, device: str) -> float:
         """Returns the seconds of one call, from a round of them."""
         _tidy_memory()
+        if self.on_gpu:
+            return self.on_gpu.seconds()
         with self.force():
             start = roofline.clock(device)
             for _ in range(self.calls):
@@ -156,19 +167,31 @@ def measure(benchmark: Any, settings: Settings, case: Case) -> None:
     kernel = f"{case.op}_backward" if case.part == "backward" else case.op
     backend, *others = our_backends(kernel, settings.device)
     skipped = {name: why for name, why in case.peers.items() if isinstance(why, str)}
+    if settings.device == "cuda" and case.shape.batch > LOOPS and "published" in case.peers:
+        skipped["published"] = f"Python loops over {case.shape.batch} samples"
     ours = _Variant("ours", case.ours, ours=True)
     rest = [_Variant(f"ours ({name})", case.ours, ours=True, forced=name) for name in others]
     rest += [
         _Variant(name, call, ours=False) for name, call in case.peers.items() if name not in skipped
     ]
-    for variant in (ours, *rest):
-        _check(variant, case, settings)
+    _check(ours, case, settings)
+    for variant in rest[:]:
+        try:
+            _check(variant, case, settings)
+        except torch.OutOfMemoryError:
+            if variant.ours:
+                raise
+            rest.remove(variant)
+            skipped[variant.name] = "out of memory"
+            torch.cuda.empty_cache()
     if benchmark.disabled:
         benchmark.pedantic(case.ours)
         return
 
+    extra_bytes = memory.peak_of(case.ours, "cuda") if settings.device == "cuda" else None
+    budget = GPU_BUDGET if settings.device == "cuda" else BUDGET
     for variant in (ours, *rest):
-        _plan(variant, case, settings, BUDGET / (1 + len(rest)))
+        _plan(variant, case, settings, budget / (1 + len(rest)))
     turns = itertools.count()
 
     def turn_of_the_rest() -> None:
@@ -180,11 +203,19 @@ def measure(benchmark: Any, settings: Settings, case: Case) -> None:
         _tidy_memory()
 
     # pedantic times ours; its teardown, outside the time taken, gives the others their turn
-    benchmark.pedantic(
-        case.ours, rounds=ours.rounds, iterations=ours.calls, teardown=turn_of_the_rest
-    )
-    ours.seconds = list(benchmark.stats.stats.data)
-    benchmark.extra_info.update(_result(case, settings, backend, ours, rest, skipped))
+    if ours.on_gpu:  # pedantic only counts the rounds
+        benchmark.pedantic(
+            lambda: ours.seconds.append(ours.round("cuda")),
+            rounds=ours.rounds,
+            teardown=turn_of_the_rest,
+        )
+    else:
+        benchmark.pedantic(
+            case.ours, rounds=ours.rounds, iterations=ours.calls, teardown=turn_of_the_rest
+        )
+        ours.seconds = list(benchmark.stats.stats.data)
+    result = _result(case, settings, backend, ours, rest, skipped)
+    benchmark.extra_info.update(result, extra_bytes=extra_bytes)
 
 
 def _tidy_memory() -> None:
@@ -206,11 +237,20 @@ def _check(variant: _Variant, case: Case, settings: Settings) -> None:
 
 def _plan(variant: _Variant, case: Case, settings: Settings, budget: float) -> None:
     # the first call warmed up or compiled; only a slow one that did not compile is not repeated
+    if settings.device == "cuda" and case.calls == 1:
+        with variant.force():
+            variant.on_gpu = gpu_rounds.Rounds(
+                variant.call,
+                lambda answer: case.check(answer, variant.ours),
+                graph=case.part != "backward",
+            )
+        variant.estimate, variant.calls = variant.on_gpu.estimate, variant.on_gpu.calls
+        rounds = int(budget / (2 * variant.estimate * variant.calls))  # each comes twice
+        variant.rounds = 2 if settings.quick else min(max(rounds, 2), ROUNDS)
+        return
     if variant.estimate < 1.0 or variant.name == "compiled":
         variant.estimate = variant.round(settings.device)
     variant.calls = case.calls
-    if settings.device == "cuda":
-        variant.calls = max(case.calls, math.ceil(GPU_ROUND / variant.estimate))
     rounds = 2 if settings.quick else int(budget / (variant.estimate * variant.calls))
     variant.rounds = min(max(rounds, 2), ROUNDS)
 
@@ -237,6 +277,7 @@ def _result(
         "backend": backend,
         "ours_s": median,
         "ours_min_s": min(ours.seconds),
+        "timing": _timing(ours),
         "rounds": len(ours.seconds),
         "bytes": sum(stage.bytes for stage in case.stages),
         "operations": sum(stage.operations for stage in case.stages),
@@ -248,6 +289,7 @@ def _result(
             variant.name: {
                 "median_s": statistics.median(variant.seconds),
                 "min_s": min(variant.seconds),
+                "timing": _timing(variant),
                 "rounds": len(variant.seconds),
                 "ratio": statistics.median(variant.seconds) / median,
             }
@@ -255,6 +297,10 @@ def _result(
         },
         "skipped": skipped,
     }
+
+
+def _timing(variant: _Variant) -> str:
+    return variant.on_gpu.timing if variant.on_gpu else "clock"
 
 
 def measure_memory(benchmark: Any, settings: Settings, op: str, name: str) -> None:
@@ -274,34 +320,3 @@ def measure_memory(benchmark: Any, settings: Settings, op: str, name: str) -> No
         peers={"eager": {"peak_bytes": eager}},
         skipped={},
     )
-
-
-def session(settings: Settings) -> dict[str, Any]:
-    """Returns what is the same for all benchmarks of a run: machine, versions, choices and rates.
-
-    The rates are measured again: where those after differ from those before, the run was disturbed.
-    """
-    asked = (settings.device, settings.dtype, settings.quick)
-    before, after = roofline.rates(*asked), roofline.measure_rates(*asked)
-    rates = before._asdict() | {f"{name}_after": rate for name, rate in after._asdict().items()}
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        sma_fast.show_config()
-    config = dict(line.split(": ", 1) for line in printed.getvalue().splitlines())
-    if settings.device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{_processor()}, {torch.get_num_threads()} threads"
-    return {
-        "machine": machine,
-        "memory": "kept when freed" if settings.keep_memory else "as the system gives it",
-        "quick": settings.quick,
-        "rates": {str(settings.dtype).removeprefix("torch."): rates},
-        "config": {name: value for name, value in config.items() if "/" not in value},  # no paths
-    }
-
-
-def _processor() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(": ", 1)[1].strip()
-    return platform.machine()

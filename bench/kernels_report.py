@@ -1,215 +1,50 @@
-"""Registers, shared memory and spills of every Triton kernel: `python -m bench.kernels_report`.
+"""Registers, shared memory and spills of every kernel: `python -m bench.kernels_report`.
 
-Needs no GPU: each op's launch runs on CPU tensors of the benchmarks' shapes, what it would have
-started is recorded, and that is compiled for each architecture.
+Needs no GPU: what Triton and nvcc compile is for architectures that are not here. Ends with status
+1 where a kernel spills registers or keeps an array in local memory.
 """
 
 import argparse
-import functools
-import importlib
-import inspect
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-
-ARCHITECTURES = (80, 90, 100)
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.bool: "i1",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+from bench import cubins, kernels_cuda
 
 
-class Launch(NamedTuple):
-    """One kernel with the types, constants and options that a launch gave it."""
-
-    kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]  # arguments that 16 divides
-    options: tuple[tuple[str, Any], ...]
-
-    def __str__(self) -> str:
-        names = {p.name for p in self.kernel.params if p.is_constexpr}
-        chosen = [f"{name}={value}" for name, value in self.constants if name in names]
-        types = dict(self.signature)
-        first = next((t[1:] for t in types.values() if t.startswith("*")), "")
-        return f"{self.kernel.__name__} {first} {' '.join(chosen)}"
-
-
-class Usage(NamedTuple):
-    """What one thread, and one program, of a compiled kernel takes."""
-
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-    shared_bytes: int
-
-
-def recorded(call: Callable[[], object]) -> list[Launch]:
-    """Returns what `call` would have launched, without launching it."""
-    found: list[Launch] = []
-
-    def record(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        bound = inspect.signature(self.fn).bind(*args, **kwargs).arguments
-        found.append(_launch(self, bound, options))
-
-    before, JITFunction.run = JITFunction.run, record
-    try:
-        call()
-    finally:
-        JITFunction.run = before
-    return found
-
-
-def _launch(kernel: JITFunction, bound: dict[str, Any], options: dict[str, Any]) -> Launch:
-    signature, constants, aligned = [], [], []
-    for number, param in enumerate(kernel.params):
-        value = bound[param.name]
-        if param.is_constexpr or value is None:
-            kind = "constexpr"
-        elif isinstance(value, Tensor):
-            kind = f"*{_TYPES[value.dtype]}"
-            aligned.append(number)
-        elif isinstance(value, float):
-            kind = "fp32"
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if not param.do_not_specialize and value == 1:
-                kind = "constexpr"
-            elif not param.do_not_specialize and value % 16 == 0:
-                aligned.append(number)
-        if kind == "constexpr":
-            constants.append((param.name, value))
-        signature.append((param.name, kind))
-    return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(options.items())
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels_report", description=__doc__.split("\n")[0]
     )
-
-
-@functools.cache
-def usage(launch: Launch, capability: int) -> Usage:
-    """Returns what a kernel takes when compiled for an architecture, such as 90."""
-    source = ASTSource(
-        launch.kernel,
-        dict(launch.signature),
-        constexprs=dict(launch.constants),
-        attrs={(number,): [["tt.divisibility", 16]] for number in launch.aligned},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    found = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", text)}
-    return Usage(found["REG"], found["STACK"], found["LOCAL"], compiled.metadata.shared)
-
-
-def launches() -> list[Launch]:
-    """Returns every kernel, in the variants that the ops start on shapes as the benchmarks have."""
-    found: dict[Launch, None] = {}
-    for op, cases in _cases().items():
-        launch = importlib.import_module(f"sma_fast.kernels.{op}").launch
-        for arguments in cases:
-            found |= dict.fromkeys(recorded(functools.partial(launch, *arguments)))
-    return list(found)
-
-
-def _cases() -> dict[str, list[tuple]]:
-    # protein, molecule and picture shapes, and rows too long to be held at once
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    def ids(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64)
-
-    half = torch.bfloat16
-    padding = empty(2, 1024, dtype=torch.bool)
-    index, heads = ids(2, 38), ids(2, 38)
-    query, key = empty(1, 8, 256, 64, dtype=half), empty(2, 8, 1024, 64, dtype=half)
-    self_query = empty(2, 12, 512, 64, dtype=half)
-    map_ = empty(2, 8, 256, 1024, dtype=half)
-    no_share, none = (0.0, None), None
-    scores, long = empty(2, 1024), empty(2, 16384)
-    by_ratio = (0.15, none, none, none)
-    return {
-        "attention_scores": [
-            (query, key, index, none, none, 0.125, "mean"),
-            (query.float(), key.float(), index, none, padding, 0.125, "mean"),
-            (self_query, self_query, index, heads, padding[:, :512], 0.125, "mean"),
-        ],
-        "aggregate_attention": [
-            (map_, index, none, "mean", False),
-            (map_, index, heads, "mean", True),
-            (empty(1, 1, 2, 16384), none, none, "none", True),
-        ],
-        "select_tokens": [
-            (scores, none, none, *by_ratio, *no_share),
-            (scores, padding, scores, *by_ratio, 0.5, none),
-            (empty(2, 4096), none, none, none, 512, none, none, *no_share),
-            (empty(2, 8192), none, empty(2, 8192), *by_ratio, 0.0, 0.5),
-            (long, none, long, *by_ratio, 0.5, none),
-            (long, none, none, *by_ratio, *no_share, empty(2, 16384, dtype=torch.uint8)),
-        ],
-        "draw_queries": [(empty(2, 256), 38, none, none), (long, 38, none, none)],
-        "gather_tokens": [(empty(2, 1024, 512, dtype=half), ids(2, 870))],
-        "gather_tokens_backward": [(empty(2, 870, 512, dtype=half), ids(2, 870), 1024)],
-        "restore_tokens": [(empty(2, 49, 768, dtype=half), ids(2, 196), empty(768, dtype=half))],
-        "restore_tokens_backward": [(empty(2, 196, 768, dtype=half), ids(2, 196), 49, none)],
-        "self_guided_masking": [
-            (
-                *(self_query, self_query, [empty(2, 512, 768, dtype=half)], index, none, none),
-                *(none, 0.3, 0.125, "mean", True, 0.0, none),
-            )
-        ],
-        "random_masking": [
-            (empty(2, 196, 768, dtype=half), empty(2, 196), 0.75),
-            (empty(1, 16384, 8), empty(1, 16384), 0.75),
-        ],
-    }
-
-
-def main() -> int:
-    """Prints the table; returns 1 where a kernel spills."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("compiler", nargs="?", choices=("triton", "cuda"), help="default: both")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels with this in the name")
-    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="such as 80 90a (default: Triton's 80 90 100; CUDA's 80, 90a and nvcc's newest)",
+    )
+    options = parser.parse_args(arguments)
+    found = []
+    if options.compiler != "cuda":
+        from bench import kernels_triton
+
+        numbers = [int(name.rstrip("af")) for name in options.architectures]
+        found.append(kernels_triton.rows(options.only, numbers or kernels_triton.ARCHITECTURES))
+    missing = options.compiler != "triton" and cubins.find_nvcc() is None
+    if options.compiler != "triton" and not missing:
+        found.append(kernels_cuda.rows(options.only, options.architectures))
+    if missing:
+        print("no nvcc on PATH or in CUDA_HOME: CUDA's kernels are left out\n")
     print("| kernel | architecture | registers | shared bytes | spilled bytes |")
     print("|---|---|---|---|---|")
     spilled = 0
-    for launch in (found for found in launches() if options.only in str(found)):
-        for capability in options.architectures:
-            found = usage(launch, capability)
-            lost = found.stack_bytes + found.local_bytes
-            spilled += lost
-            row = (launch, f"sm_{capability}", found.registers, found.shared_bytes, lost)
+    for rows in found:
+        for name, architecture, usage in rows:
+            spilled += usage.spilled_bytes
+            row = (name, architecture, usage.registers, usage.shared_bytes, usage.spilled_bytes)
             print(f"| {' | '.join(map(str, row))} |", flush=True)
-    return int(spilled > 0)
+    return int(spilled > 0 or (missing and options.compiler == "cuda"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ its own, because a process that has run benchmarks already holds more than any c
 
 import ctypes
 import functools
+import gc
 import pathlib
 import re
 import subprocess
@@ -35,7 +36,8 @@ def release_freed_memory() -> None:
 
 def free_bytes(device: str) -> int:
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
     return _kib("/proc/meminfo", "MemAvailable") * 1024
 
 
@@ -87,10 +89,11 @@ def peak_of(call: Callable[[], Any], device: str) -> int:
     """Returns the most bytes that a call held beyond what was there and what it returns."""
     if device == "cuda":
         torch.cuda.synchronize()
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        outputs = call()
-        return torch.cuda.max_memory_allocated() - before - _storage_bytes(outputs)
+        outputs = call()  # held, so that what is allocated then is inputs and outputs
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _kib("/proc/self/status", "VmRSS")
     outputs = call()

@@ -10,6 +10,8 @@ sample's own number hold anything here, where sma_fast gives zeros: clearing the
 the peers time.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -193,6 +195,25 @@ def published_draw(
         valid = candidates if padding is None else int((~padding[b]).sum())
         drawn.append(torch.randperm(valid, device=device)[:number].sort().values)
     return torch.stack(drawn)
+
+
+# Another project's kernel for all queries
+
+
+def flash_colreduce(query: Tensor, key: Tensor) -> Callable[[], Tensor] | str:
+    """Returns a call of flash-colreduce (PyPI): (B, H, N) sums over the queries; or why not."""
+    try:
+        from flash_colreduce import flash_colreduce
+    except ImportError:
+        return "flash-colreduce is not installed"
+    if not query.is_cuda:
+        return "runs on CUDA only"
+    return functools.partial(flash_colreduce, query, key, "sum")
+
+
+def summed_attention(query: Tensor, key: Tensor) -> Tensor:
+    """Returns the same by the whole map, (B, H, N)."""
+    return published_attention(query, key, None).float().sum(2)
 
 
 # The lines that users write, and those of masked autoencoders

@@ -1,8 +1,9 @@
 """Prints one table of a run: `python -m bench.report [--save] [--markdown] [JSON ...]`.
 
 Takes the JSON of `pytest bench --benchmark-json=...`, several to be joined (shapes, batch sizes,
-types), or one summary that an earlier run saved; without any, the newest of bench/results. `--save`
-writes the summary there, named by date and machine. Nothing in it is typed by hand.
+types), or one summary that an earlier run saved; without any, the newest of a CPU in bench/results.
+`--save` writes the summary there, named by date and machine. Nothing in it is typed by hand. The
+JSON of bench.gpu is printed by bench.report_gpu.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def summary(runs: list[dict]) -> dict:
             row = benchmark["extra_info"]
             joined["rows"].append({name: row[name] for name in row if name not in RATES})
         joined["rates"].update(rates)
-    return _rounded(joined)
+    return rounded(joined)
 
 
 def table(result: dict) -> str:
@@ -55,17 +56,24 @@ def table(result: dict) -> str:
         )
     if result["quick"]:
         lines.append("QUICK: scaled-down shapes, these times mean nothing")
+    return "\n".join([*lines, *aligned(result), *_untouched(result)])
+
+
+def aligned(result: dict) -> list[str]:
+    """Returns the lines of all rows, and how many targets are met."""
     head = ("op", "part", "shape", "type", "backend", "ours", "floor", "x floor")
     cells = [(*head, "peers (times ours)", "target", "met")]
     for row in result["rows"]:
-        cells += _cells(row, result["quick"])
+        cells += cells_of(row, result["quick"])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    for line in cells:
-        lines.append("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
     met = [line[-1] for line in cells[1:]]
-    lines.append(f"targets met: {met.count('yes')} of {len(met) - met.count('')}")
-    lines += _untouched(result)
-    return "\n".join(line.rstrip() for line in lines)
+    return [
+        *(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ),
+        f"targets met: {met.count('yes')} of {len(met) - met.count('')}",
+    ]
 
 
 def markdown(result: dict) -> str:
@@ -87,13 +95,13 @@ def markdown(result: dict) -> str:
         targets = targets_of(row)
         if not targets:
             continue
-        cells = _cells(row, quick=False)
+        cells = cells_of(row, quick=False)
         _, _, _, _, _, ours, _, over, peers, _, _ = cells[0]
         reach = "; ".join(str(t).replace("<=", "≤").replace(">=", "≥") for t in targets)
         met = "; ".join(line[-1] for line in cells)
         name = f"`{row['op']}` | {row['shape']} | {row['part']}"
         lines.append(f"| {name} | {ours} | {over} | {peers} | {reach} | {met} |")
-    return "\n".join([*lines, "", *_untouched(result), _losses(result)])
+    return "\n".join([*lines, "", *_untouched(result), losses(result)])
 
 
 def _untouched(result: dict) -> list[str]:
@@ -126,8 +134,8 @@ def _untouched(result: dict) -> list[str]:
     return lines
 
 
-def _losses(result: dict) -> str:
-    # where another way was faster, with or without a target
+def losses(result: dict) -> str:
+    """Returns where another way was faster, with or without a target."""
     found = [
         f"`{row['op']}` {row['part']} on {row['shape']} ({name} {peer['ratio']:.2f})"
         for row in result["rows"]
@@ -145,15 +153,19 @@ def save(result: dict) -> pathlib.Path:
     """
     if result["quick"]:
         raise ValueError("--save: got a quick run, allowed is a full one")
-    machine = re.sub(r"[^a-z0-9]+", "-", result["machine"].lower()).strip("-")
-    path = RESULTS / f"{result['date']}-{machine}.json"
+    path = RESULTS / file_name(result)
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 
-def _cells(row: dict, quick: bool) -> list[tuple[str, ...]]:
-    # one line for the row, and one more for each target beyond the first
+def file_name(result: dict) -> str:
+    machine = re.sub(r"[^a-z0-9]+", "-", result["machine"].lower()).strip("-")
+    return f"{result['date']}-{machine}.json"
+
+
+def cells_of(row: dict, quick: bool) -> list[tuple[str, ...]]:
+    """Returns one line for the row, and one more for each target beyond the first."""
     if "peak_bytes" in row:
         ours, floor, over = _mib(row), "", ""
         peers = [f"{name} {_mib(peer)}" for name, peer in row["peers"].items()]
@@ -182,17 +194,19 @@ def _mib(measured: dict) -> str:
     return f"{measured['peak_bytes'] / 2**20:.1f} MiB"
 
 
-def _rounded(value):
+def rounded(value):
+    """Returns the value with SIGNIFICANT digits in all its floats."""
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT}g}")
     if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {name: rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _load(files: list[pathlib.Path]) -> dict:
     if not files:
-        files = sorted(RESULTS.glob("20*.json"))[-1:]
+        found = sorted(RESULTS.glob("20*.json"))
+        files = [file for file in found if "sources" not in json.loads(file.read_text())][-1:]
         if not files:
             raise ValueError("JSON: bench/results holds no run yet, name the file of one")
     loaded = [json.loads(file.read_text()) for file in files]
@@ -204,6 +218,8 @@ def _load(files: list[pathlib.Path]) -> dict:
 
 
 def main() -> None:
+    from bench import report_gpu  # which takes its cells from here
+
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="JSON")
     parser.add_argument("--save", action="store_true", help="write the summary to bench/results")
@@ -211,6 +227,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         result = _load(arguments.files)
+        if "sources" in result:
+            print(report_gpu.markdown(result) if arguments.markdown else report_gpu.text(result))
+            return
         print(markdown(result) if arguments.markdown else table(result))
         if arguments.save:
             print(f"saved as bench/results/{save(result).name}")

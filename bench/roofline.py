@@ -33,14 +33,15 @@ def measure_rates(device: str, dtype: torch.dtype, quick: bool) -> Rates:
     copy_rate: the bytes of ``y.copy_(x)``, read and written, x and y of 512 MiB each, far beyond
         any cache; the best of 10.
     matrix_rate: the operations of ``torch.mm`` of two square matrices of `dtype`, the best of the
-        sizes 2048 and 4096, 5 times each.
+        sizes 2048 and 4096 (on a GPU 4096 and 8192), 5 times each.
     quick: 1 MiB, and matrices of 64: only to see that it runs.
     """
     x = torch.ones(2**20 if quick else 2**29, dtype=torch.uint8, device=device)
     y = torch.zeros_like(x)
     copy = 2 * x.nbytes / _best(lambda: y.copy_(x), 10, device)
     matrix = 0.0
-    for size in (64,) if quick else (2048, 4096):
+    sizes = (4096, 8192) if device == "cuda" else (2048, 4096)
+    for size in (64,) if quick else sizes:
         a = torch.randn((size, size), device=device).to(dtype)
         out = torch.empty_like(a)
         seconds = _best(lambda a=a, out=out: torch.mm(a, a, out=out), 5, device)

@@ -27,6 +27,7 @@ class Shape:
     latents: bool = False  # the queries are given once, with batch 1
     shortest: int | None = None  # ragged: lengths from `shortest` to `tokens`
     random_mix: bool = False  # one random head for each selected query
+    fixed_batch: bool = False  # its batch belongs to its name
 
     @property
     def num_masked(self) -> int:
@@ -67,13 +68,35 @@ SHAPES = {
         # Small enough that only a call's fixed cost is left.
         Shape(
             "2x16", batch=2, heads=2, queries=16, tokens=16, head_dim=8, width=8,
-            selected=2, ratio=0.25,
+            selected=2, ratio=0.25, fixed_batch=True,
+        ),
+        # A GPU's: rows to select from, and those of flash-colreduce's README (all queries).
+        Shape("4096x4096", batch=4096, tokens=4096, width=1, ratio=0.15, fixed_batch=True),
+        Shape("64x262144", batch=64, tokens=262144, width=1, ratio=0.15, fixed_batch=True),
+        Shape(
+            "colreduce-512", batch=8, heads=16, queries=512, tokens=512, head_dim=64, width=1,
+            selected=512, ratio=0.15, fixed_batch=True,
+        ),
+        Shape(
+            "colreduce-4096", batch=1, heads=32, queries=128, tokens=4096, head_dim=128, width=1,
+            selected=128, ratio=0.15, fixed_batch=True,
         ),
     )
 }  # fmt: skip
 
 ATTENTION = ("protein", "molecule", "physics", "image", "long")
 ALL = (*ATTENTION, "vit")
+SELECT_ON_GPU = ("4096x4096", "64x262144")
+COLREDUCE = ("colreduce-512", "colreduce-4096")
+# `--batch full`: what fills a large GPU
+FULL_BATCH = {
+    "protein": 1024,
+    "molecule": 1024,
+    "physics": 65536,
+    "image": 64,
+    "vit": 4096,
+    "long": 32,
+}
 FIXED_LENGTH = tuple(name for name in ALL if SHAPES[name].shortest is None)
 
 

@@ -2,15 +2,15 @@
 
 from typing import NamedTuple
 
-from bench.shapes import SHAPES
+from bench.shapes import COLREDUCE, FULL_BATCH, SELECT_ON_GPU, SHAPES
 
 
 class Target(NamedTuple):
     """A bound on one row of the report.
 
-    `measure` is "floor" (time over floor, at most), "best" (the faster of eager and compiled plain
-    PyTorch over ours, at least), another peer's name (its time over ours, at least),
-    "microseconds" or "MiB" (at most).
+    `measure` is "floor" (time over floor, at most), "copy rate" (bytes a second over those of a
+    copy, at least), "best" (the faster of eager and compiled plain PyTorch over ours, at least),
+    another peer's name (its time over ours, at least), "microseconds" or "MiB" (at most).
     """
 
     op: str
@@ -23,6 +23,10 @@ class Target(NamedTuple):
     batch: int | None = None  # None: the shape's own
 
     @property
+    def batch_size(self) -> int:
+        return self.batch or SHAPES[self.shape].batch
+
+    @property
     def at_most(self) -> bool:
         return self.measure in ("floor", "microseconds", "MiB")
 
@@ -30,7 +34,11 @@ class Target(NamedTuple):
         """Returns what `row` measured, or None where the peer was left out."""
         if self.measure == "floor":
             return row["over_floor"]
+        if self.measure == "copy rate":
+            return row["bytes"] / row["ours_s"] / row["copy_rate"]
         if self.measure == "microseconds":
+            if self.device == "cuda" and row["timing"] != "graph":
+                return None  # the bound is one under graph replay
             return row["ours_s"] * 1e6
         if self.measure == "MiB":
             return row["peak_bytes"] / 2**20
@@ -47,6 +55,8 @@ class Target(NamedTuple):
         return value <= self.bound if self.at_most else value >= self.bound
 
     def __str__(self) -> str:
+        if self.measure == "copy rate":
+            return f">= {self.bound:.0%} of the copy rate"
         unit = {"floor": "x floor", "microseconds": "us", "MiB": "MiB"}.get(
             self.measure, f"x {self.measure}"
         )
@@ -98,12 +108,49 @@ TARGETS = (
     ),
 )
 
+# Memory beyond inputs and outputs that one op may take on a GPU, whatever M and N.
+EXTRA_BYTES = 2**20
+
+
+def _gpu(op: str, part: str, shape: str, measure: str, bound: float, **others) -> Target:
+    given = {"device": "cuda", "dtype": "bfloat16", "batch": FULL_BATCH.get(shape)} | others
+    return Target(op, part, shape, measure, bound, **given)
+
+
+GPU_TARGETS = (
+    *(
+        _gpu(op, part, shape, "copy rate", 0.85)
+        for op in ("gather_tokens", "restore_tokens")
+        for part in ("forward", "backward")
+        for shape in ("vit", "protein")
+    ),
+    *(  # scores are float32 whatever the tokens are
+        _gpu("select_tokens", "forward", shape, "copy rate", 0.7, dtype="float32")
+        for shape in SELECT_ON_GPU
+    ),
+    _gpu("attention_scores", "forward", "protein", "floor", 1.4),
+    *(  # float16, as in its README
+        _gpu("attention_scores", "all queries", shape, "flash-colreduce", 1.5, dtype="float16")
+        for shape in COLREDUCE
+    ),
+    *(
+        _gpu("self_guided_masking", "forward", shape, measure, bound)
+        for shape in ("protein", "molecule")
+        for measure, bound in (("floor", 1.5), ("compiled", 5), ("published", 25))
+    ),
+    *(
+        _gpu("self_guided_masking", "forward", shape, "microseconds", 25, batch=8)
+        for shape in ("protein", "molecule")
+    ),
+    _gpu("random_masking", "forward", "vit", "compiled", 4),
+)
+
 
 def targets_of(row: dict) -> list[Target]:
     """Returns the targets that speak of this row."""
     key = (row["op"], row["part"], row["shape"], row["device"], row["dtype"], row["batch"])
     return [
         t
-        for t in TARGETS
-        if key == (t.op, t.part, t.shape, t.device, t.dtype, t.batch or SHAPES[t.shape].batch)
+        for t in (*TARGETS, *GPU_TARGETS)
+        if key == (t.op, t.part, t.shape, t.device, t.dtype, t.batch_size)
     ]

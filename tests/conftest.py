@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,16 +125,24 @@ def pytest_configure(config: pytest.Config) -> None:
     # it visits all of torch's loggers for each test, and prints every step of torch.compile
     config.pluginmanager.set_blocked("logging-plugin")
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
-    # peers: the packages that test_compat_... compare with; build: test_build, which downloads
-    allowed = (*_dispatch.BACKENDS, "emulated", "peers", "build", "golden", "train")
+    # peers: the packages that test_compat_... compare with; build: test_build, which downloads;
+    # nvcc: test_kernels, which compiles
+    allowed = (*_dispatch.BACKENDS, "peers", "build", "golden", "train", "nvcc")
     if required - set(allowed):
         raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(allowed)}")
     missing = missing_backends()
     if MISSING_TO_TRAIN:
         missing["train"] = f"not installed: {', '.join(MISSING_TO_TRAIN)}"
+    if "nvcc" in required and _find_nvcc() is None:
+        missing["nvcc"] = "neither on PATH nor in CUDA_HOME"
     for name, reason in missing.items():
         if name in required:
             raise pytest.UsageError(f"SMA_FAST_REQUIRE: {name} is missing: {reason}")
+
+
+def _find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
 def pytest_report_header() -> list[str]:

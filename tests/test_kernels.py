@@ -1,10 +1,11 @@
-"""Triton's kernels as a whole: one for each op, compiled for GPUs that are not here."""
+"""The GPUs' kernels as a whole: one for each op, compiled for GPUs that are not here."""
 
 import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,36 +14,132 @@ from sma_fast import reference
 from sma_fast._schema import SCHEMAS
 
 ROOT = Path(__file__).parent.parent
-ARCHITECTURES = (80, 90, 100)
+sys.path.append(str(ROOT))  # where bench lies, behind what is installed
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+from bench import cubins, kernels_cuda  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_every_op_has_one_with_the_reference_s_arguments(op: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
     module = __import__(f"sma_fast.kernels.{op}", fromlist=["launch"])
     expected = list(inspect.signature(getattr(reference, op)).parameters)
     assert list(inspect.signature(module.launch).parameters)[: len(expected)] == expected
 
 
-def test_kernels_compile_without_spills() -> None:
-    """For three architectures, in the variants that the benchmarks' shapes start."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run(
-        [sys.executable, "-m", "bench.kernels_report", "--architectures", *map(str, ARCHITECTURES)],
+def reported(*options: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `make kernels-report`'s program."""
+    inherited = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench.kernels_report", *options],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment,
+        env=inherited | environment,
     )
+
+
+def rows(ended: subprocess.CompletedProcess) -> list[tuple[str, str]]:
+    """Returns (kernel, architecture) of a report's lines, all of which must be free of spills."""
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    row = r"^\| (\w+_kernel)\b.*\| sm_(\d+) \| (\d+) \| \d+ \| (\d+) \|$"
-    rows = re.findall(row, ended.stdout, re.M)
-    assert all(int(registers) > 0 and spilled == "0" for _, _, registers, spilled in rows)
+    row = r"^\| (\w+)\b[^|]*\| sm_(\w+) \| (\d+) \| \d+ \| (\d+) \|$"
+    found = re.findall(row, ended.stdout, re.M)
+    assert all(int(registers) > 0 and spilled == "0" for _, _, registers, spilled in found)
+    return [(name, architecture) for name, architecture, _, _ in found]
+
+
+def test_triton_kernels_compile_without_spills() -> None:
+    """For three architectures, in the variants that the benchmarks' shapes start."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    found = rows(reported("triton", "--architectures", *map(str, ARCHITECTURES)))
     written = {
         name
         for file in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
     }
     for architecture in ARCHITECTURES:
-        assert {name for name, sm, _, _ in rows if int(sm) == architecture} == written
+        assert {name for name, sm in found if sm == str(architecture)} == written
+
+
+@pytest.fixture
+def nvcc() -> str:
+    found = cubins.find_nvcc()
+    if found is None:
+        pytest.skip("no nvcc")  # with SMA_FAST_REQUIRE=nvcc, conftest.py refuses to start
+    return found
+
+
+def test_cuda_kernels_compile_without_spills(nvcc: str) -> None:
+    """For 80, 90a and the newest: every kernel of every source, where it is meant to be."""
+    found = rows(reported("cuda"))
+    architectures = kernels_cuda.architectures(nvcc)
+    assert {"80", "90a"} < set(architectures) and len(architectures) == 3
+    written = kernels_cuda.written()
+    assert written
+    for architecture in architectures:
+        number = int(architecture.rstrip("af"))
+        here = {name for name, least in written.items() if least <= number}
+        assert {name for name, sm in found if sm == architecture} == here, architecture
+
+
+SPILLS = """
+#include <cuda_runtime.h>
+namespace sma { namespace {
+constexpr int threads(int x) { return x; }  // __global__ void commented_out(
+template <class T, int N, bool B>
+__global__ void __launch_bounds__(threads(256), 1) shared(T* p) {
+  __shared__ T s[256];
+  s[threadIdx.x] = p[threadIdx.x];
+  __syncthreads();
+  p[0] = s[N + B];
+}
+__global__ void local(float* p, int n) {
+  float a[200];
+  for (int i = 0; i < n; i++) a[i * 7 % 200] = p[i];
+  p[0] = a[n % 200];
+}
+}
+void go(float* p) { shared<float, 4, true><<<8, 256>>>(p); local<<<1, 1>>>(p, 3); }
+}
+"""
+
+
+def test_report_sees_shared_and_local_memory(
+    nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from bench import kernels_report
+
+    (tmp_path / "spills.cu").write_text(SPILLS)
+    monkeypatch.setattr(kernels_cuda, "FOLDER", tmp_path)
+    assert kernels_cuda.written() == {"shared": 0, "local": 0}
+    report: Callable[..., int] = kernels_report.main
+    assert report(["cuda", "--architectures", "80", "--only", "shared"]) == 0
+    assert re.search(
+        r"\| shared<float, 4, true> \| sm_80 \| \d+ \| 1024 \| 0 \|", capsys.readouterr().out
+    )
+    assert report(["cuda", "--architectures", "80"]) == 1
+    assert re.search(r"\| local \| sm_80 \| \d+ \| 0 \| 800 \|", capsys.readouterr().out)
+    (tmp_path / "spills.cu").write_text("not C++")
+    with pytest.raises(RuntimeError, match="spills.cu for sm_80: .*error"):
+        report(["cuda", "--architectures", "80"])
+
+
+def test_guards_of_architectures(tmp_path: Path) -> None:
+    file = tmp_path / "guarded.cu"
+    file.write_text(
+        "__global__ void everywhere() {\n#if __CUDA_ARCH__ >= 800\n#endif\n}\n"
+        "#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900\n#ifdef X\n"
+        "__global__ void __cluster_dims__(8, 1, 1) from_90(int) {}\n#endif\n"
+        "#else\n__global__ void older() {}\n#endif\n"
+    )
+    assert kernels_cuda.written_in(file) == {"everywhere": 0, "from_90": 90, "older": 0}
+
+
+def test_report_without_nvcc() -> None:
+    ended = reported("--only", "draw_queries", "--architectures", "90a", PATH="", CUDA_HOME="")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("no nvcc on PATH or in CUDA_HOME: CUDA's kernels are left out\n")
+    assert "| sm_90 |" in ended.stdout
+    assert reported("cuda", PATH="", CUDA_HOME="").returncode == 1

@@ -1,0 +1,115 @@
+"""The tables of bench.gpu's JSON: all rows as text, and README's table of what was to be reached.
+
+What was not measured stays empty.
+"""
+
+from bench.report import aligned, cells_of, losses
+from bench.targets import EXTRA_BYTES, GPU_TARGETS, Target
+
+
+def text(result: dict) -> str:
+    """Returns the JSON as text."""
+    head = ("date", "machine", "driver", "commit", "uncommitted_changes", "sources")
+    lines = [f"{name}: {result.get(name)}" for name in head]
+    lines += [*_rates(result), *ran(result), *_failures(result)]
+    if result["quick"]:
+        lines.append("QUICK: scaled-down shapes, these times mean nothing")
+    return "\n".join([*lines, *aligned(result), extra_memory(result)])
+
+
+def markdown(result: dict) -> str:
+    """Returns README's table: a line for each target, empty where its row was not measured."""
+    config = result["config"]
+    commit = result["commit"] or ""
+    changed = ", with changes" if result["uncommitted_changes"] else ""
+    lines = [
+        f"{result['date']}, {result['machine']}, driver {result.get('driver')}, CUDA "
+        f"{result['nvcc']}, torch {config['torch']}, Triton {config['triton']}, Python "
+        f"{config['python']}; {'; '.join(_rates(result))}; commit {commit[:10]}{changed}. "
+        f"{'; '.join(ran(result))}.",
+        "",
+        "| op | shape | part | B | type | time | over floor | peers, times ours | to reach | met |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, targets in _by_row().items():
+        op, part, shape, dtype, batch = key
+        time, over, peers, met = "", "", "", ""
+        row = next((row for row in result["rows"] if _key(row) == key), None)
+        if row:
+            _, _, _, _, backend, ours, _, over, peers, _, _ = cells_of(row, quick=False)[0]
+            time = f"{ours} ({backend})"
+            met = "; ".join(line[-1] for line in cells_of(row, quick=False))
+        reach = "; ".join(str(t).replace("<=", "≤").replace(">=", "≥") for t in targets)
+        cells = (f"`{op}`", shape, part, batch, dtype, time, over, peers, reach, met)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", extra_memory(result), losses(result)])
+
+
+def _by_row() -> dict[tuple, list[Target]]:
+    found: dict[tuple, list[Target]] = {}
+    for t in GPU_TARGETS:
+        found.setdefault((t.op, t.part, t.shape, t.dtype, t.batch_size), []).append(t)
+    return found
+
+
+def _key(row: dict) -> tuple | None:
+    return row["device"] == "cuda" and (
+        *(row[name] for name in ("op", "part", "shape", "dtype", "batch")),
+    )
+
+
+def _rates(result: dict) -> list[str]:
+    return [
+        f"{dtype}: copy {rate['copy_rate'] / 1e9:.0f} GB/s, "
+        f"matrix {rate['matrix_rate'] / 1e12:.3g} TFLOP/s"
+        for dtype, rate in result["rates"].items()
+    ]
+
+
+def ran(result: dict) -> list[str]:
+    """Returns a line for each stage: what ran, and how it ended."""
+    lines = ["tests: not run"]
+    if "tests" in result:
+        stage = result["tests"]
+        counts = (f"{stage.get(n, 0)} {n}" for n in ("passed", "failed", "error", "skipped"))
+        late = [name for name, file in stage["files"].items() if file["status"] == "timed out"]
+        lines = [f"tests: {', '.join(counts)}" + (f", out of time: {' '.join(late)}" * bool(late))]
+    runs = result.get("benchmarks", {})
+    bad = [f"{name}: {run['status']}" for name, run in runs.items() if _bad(run)]
+    lines.append(f"benchmarks: {len(result['rows'])} rows" + f" ({'; '.join(bad)})" * bool(bad))
+    for tool, stage in result.get("sanitizer", {}).items():
+        said = "; ".join(stage.get("said", ()))
+        counts = ", ".join(f"{stage[n]} tests {n}" for n in ("passed", "failed") if n in stage)
+        lines.append(f"{tool}: " + ", ".join(filter(None, (stage["status"], counts, said))))
+    return lines if "sanitizer" in result else [*lines, "compute-sanitizer: not run"]
+
+
+def _bad(part: dict) -> bool:
+    return part["status"] not in ("passed", "nothing to run")
+
+
+def _failures(result: dict) -> list[str]:
+    parts = {**result.get("tests", {}).get("files", {}), **result.get("benchmarks", {})}
+    return [
+        f"{name}: {line}"
+        for name, part in parts.items()
+        for line in part.get("tail", ())
+        if line.startswith(("FAILED", "ERROR"))
+    ]
+
+
+def extra_memory(result: dict) -> str:
+    """Returns the most that each op took beside its inputs and outputs."""
+    most: dict[str, dict] = {}
+    for row in result["rows"]:
+        if row.get("extra_bytes") is not None:
+            name = row["op"] + " backward" * (row["part"] == "backward")
+            if row["extra_bytes"] >= most.get(name, row)["extra_bytes"]:
+                most[name] = row
+    found = [
+        f"`{name}` {row['extra_bytes'] / 2**20:.2g} MiB on {row['shape']}, {row['dtype']}"
+        + " (NO)" * (row["extra_bytes"] > EXTRA_BYTES)
+        for name, row in most.items()
+    ]
+    limit = f"at most {EXTRA_BYTES / 2**20:g} MiB was to be reached"
+    return f"Memory beside inputs and outputs ({limit}): {'; '.join(found) or 'not measured'}."
