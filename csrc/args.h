@@ -21,6 +21,8 @@ struct AttentionScoresArgs {
   int reduce;
   float* scores;  // (B, N), or (B, H, N) for kNone
   int threads;
+  void* scratch;  // on a GPU, where the keys of a sample are too many for one launch
+  int64_t scratch_bytes;
 };
 
 struct AggregateAttentionArgs {

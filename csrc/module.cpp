@@ -25,7 +25,8 @@ namespace {
 
 using Address = uintptr_t;
 using Four = std::array<int64_t, 4>;
-using Where = std::array<int64_t, 2>;  // a CUDA device and stream; or -1 and a number of threads
+using Scratch = std::array<int64_t, 2>;  // address and bytes
+using Where = std::array<int64_t, 2>;    // a CUDA device and stream; or -1 and a number of threads
 
 bool on_cpu(const Where& where) { return where[0] < 0; }
 int threads_of(const Where& where) { return on_cpu(where) ? static_cast<int>(where[1]) : 0; }
@@ -207,7 +208,8 @@ void run(void (*on_processor)(const Args&), const Args& a) {
 
 std::vector<std::string> cuda_ops() {
 #ifdef SMA_CUDA_ARCHS
-  return {"select_tokens", "gather_tokens", "restore_tokens"};
+  return {"attention_scores", "select_tokens", "gather_tokens", "restore_tokens",
+          "self_guided_masking"};
 #else
   return {};
 #endif
@@ -218,7 +220,7 @@ AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_
                                    int64_t selected, int64_t width, const Four& query_strides,
                                    const Four& key_strides, Address query_index, Address head_index,
                                    Address padding, double scale, int reduce, Address scores,
-                                   const Where& where) {
+                                   const Scratch& scratch, const Where& where) {
   AttentionScoresArgs a = {};
   a.query = at<void>(query);
   a.key = at<void>(key);
@@ -238,6 +240,8 @@ AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_
   a.scale = static_cast<float>(scale);
   a.reduce = reduce;
   a.scores = at<float>(scores);
+  a.scratch = at<void>(static_cast<Address>(scratch[0]));
+  a.scratch_bytes = scratch[1];
   a.threads = threads_of(where);
   check_length("key", tokens);
   if (!on_cpu(where)) return a;
@@ -306,11 +310,11 @@ void attention_scores(Address query, Address key, int dtype, int64_t batch, int6
                       int64_t kv_heads, int64_t queries, int64_t tokens, int64_t selected,
                       int64_t width, const Four& query_strides, const Four& key_strides,
                       Address query_index, Address head_index, Address padding, double scale,
-                      int reduce, Address scores, const Where& where) {
+                      int reduce, Address scores, const Scratch& scratch, const Where& where) {
   const AttentionScoresArgs a = attention_args(
       query, key, dtype, batch, heads, kv_heads, queries, tokens, selected, width, query_strides,
-      key_strides, query_index, head_index, padding, scale, reduce, scores, where);
-  run(kernels()->attention_scores, a);
+      key_strides, query_index, head_index, padding, scale, reduce, scores, scratch, where);
+  run("attention_scores", kernels()->attention_scores, SMA_CUDA(attention_scores), a, where);
 }
 
 void aggregate_attention(Address attention, int dtype, int64_t batch, int64_t heads,
@@ -442,16 +446,16 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
                          int64_t kv_heads, int64_t queries, int64_t tokens, int64_t selected,
                          int64_t width, const Four& query_strides, const Four& key_strides,
                          Address query_index, Address head_index, Address padding, double scale,
-                         int reduce, Address scores, Address noise, int64_t width_visible,
-                         int64_t width_masked, double mask_ratio, bool mask_queries,
-                         double random_fraction, double pool_ratio, Address mask,
+                         int reduce, Address scores, const Scratch& scratch, Address noise,
+                         int64_t width_visible, int64_t width_masked, double mask_ratio,
+                         bool mask_queries, double random_fraction, double pool_ratio, Address mask,
                          Address ids_visible, Address ids_masked, Address ids_restore,
                          Address out_num_visible, Address out_num_masked,
                          const std::vector<Gather>& gathers, const Where& where) {
   SelfGuidedMaskingArgs a = {};
   a.attention = attention_args(query, key, dtype, batch, heads, kv_heads, queries, tokens, selected,
                                width, query_strides, key_strides, query_index, head_index, padding,
-                               scale, reduce, scores, where);
+                               scale, reduce, scores, scratch, where);
   a.select = select_args(scores, padding, noise, batch, tokens, width_visible, width_masked,
                          mask_ratio, 0, 0, random_fraction, pool_ratio, mask, ids_visible,
                          ids_masked, ids_restore, out_num_visible, out_num_masked, where);
@@ -468,7 +472,8 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
   a.num_gathers = static_cast<int>(gathers.size());
   for (int i = 0; i < a.num_gathers; ++i)
     a.gathers[i] = gather_args(gathers[i], batch, tokens, width_visible, ids_visible, where);
-  run(kernels()->self_guided_masking, a);
+  run("self_guided_masking", kernels()->self_guided_masking, SMA_CUDA(self_guided_masking), a,
+      where);
 }
 
 void random_masking(const Gather& gather, Address noise, int64_t batch, int64_t tokens,

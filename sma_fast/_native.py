@@ -27,6 +27,7 @@ _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (*_SCORES, torch.float64)
 
 _LARGE = 1 << 20  # bytes: from here on outputs come from the module, which keeps freed blocks
+_SCRATCH = 1 << 20  # bytes on a GPU, whatever the sizes
 _DLPACK = {  # type code and bits, as DLPack counts them
     torch.float32: (2, 32),
     torch.float64: (2, 64),
@@ -109,12 +110,14 @@ def attention_scores(
     query_index, head_index, key_padding_mask = _contiguous(
         query_index, head_index, key_padding_mask
     )
+    scratch = _scratch(key)
     _count("attention_scores", key)
     _module().attention_scores(
         *_attention(query, key, query_index, head_index, key_padding_mask),
         scale,
         _REDUCE[head_reduce],
         scores.data_ptr(),
+        (scratch.data_ptr(), scratch.numel()),
         _where(key),
     )
     return scores
@@ -318,12 +321,14 @@ def self_guided_masking(
     most = _module().most_gathers
     visible = [_empty((batch, width_visible) + x.shape[2:], x.dtype, key.device) for x in tokens]
     rows = [_even_rows(x) for x in tokens]
+    scratch = _scratch(key)
     _count("self_guided_masking", key)
     _module().self_guided_masking(
         *_attention(query, key, query_index, head_index, key_padding_mask),
         scale,
         _REDUCE[head_reduce],
         scores.data_ptr(),
+        (scratch.data_ptr(), scratch.numel()),
         _address(noise),
         width_visible,
         width_masked,
@@ -506,6 +511,11 @@ def _where(x: Tensor) -> tuple[int, int]:
     if _backend(x) == "cuda":
         return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
     return -1, 1 if _in_fork else torch.get_num_threads()
+
+
+def _scratch(x: Tensor) -> Tensor:
+    # what attention_scores needs on a GPU for the rows' sums, where keys do not fit in one launch
+    return torch.empty(_SCRATCH if _backend(x) == "cuda" else 0, dtype=torch.uint8, device=x.device)
 
 
 def _count(op: str, x: Tensor) -> None:

@@ -13,6 +13,10 @@ struct Place {
   void* stream;
 };
 
+int attention_scores(const AttentionScoresArgs& a, const Place& place);
+// The same in one launch, where `possible` says that it could.
+int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place, bool* possible);
+int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
 int gather_tokens(const GatherTokensArgs& a, const Place& place);
 int restore_tokens(const RestoreTokensArgs& a, const Place& place);
 int select_tokens(const SelectTokensArgs& a, const Place& place);

@@ -74,9 +74,11 @@ void with_word(uint64_t bits, const Body& body) {
   else body(uint8_t{});
 }
 
-inline uint64_t bits_of(const void* address) { return reinterpret_cast<uintptr_t>(address); }
+__host__ __device__ inline uint64_t bits_of(const void* address) {
+  return reinterpret_cast<uintptr_t>(address);
+}
 
-inline uint64_t word_bits(const GatherTokensArgs& a) {
+__host__ __device__ inline uint64_t word_bits(const GatherTokensArgs& a) {
   return bits_of(a.rows) | bits_of(a.out) | static_cast<uint64_t>(a.batch_bytes) |
          static_cast<uint64_t>(a.token_bytes) | static_cast<uint64_t>(a.row_bytes);
 }
