@@ -94,9 +94,11 @@ class NinjaBuild(build_ext):
         if archs:
             defines += f' -DSMA_CUDA_ARCHS=\\"{",".join(archs)}\\"'
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-        if archs:  # PTX of the oldest: the driver compiles it for every GPU not named
-            oldest = archs[0].rstrip("af")
-            gencode += f" -gencode arch=compute_{oldest},code=compute_{oldest}"
+        # PTX of the oldest, and of the first with clusters of blocks: the driver compiles the best
+        # one for a GPU that is not named
+        bare = [arch.rstrip("af") for arch in archs]
+        for ptx in sorted({*bare[:1], *({"90"} & set(bare))}):
+            gencode += f" -gencode arch=compute_{ptx},code=compute_{ptx}"
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         python = " ".join(f'-I"{path}"' for path in includes)
         # nvcc wants a program, without what wraps it ("ccache g++") or follows it ("g++ -m64")

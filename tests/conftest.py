@@ -127,7 +127,7 @@ def pytest_configure(config: pytest.Config) -> None:
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
     # peers: the packages that test_compat_... compare with; build: test_build, which downloads;
     # nvcc: test_kernels, which compiles
-    allowed = (*_dispatch.BACKENDS, "peers", "build", "golden", "train", "nvcc")
+    allowed = (*_dispatch.BACKENDS, "emulated", "peers", "build", "golden", "train", "nvcc")
     if required - set(allowed):
         raise pytest.UsageError(f"SMA_FAST_REQUIRE: allowed are {', '.join(allowed)}")
     missing = missing_backends()

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sma_fast
+from sma_fast import _native
 from sma_fast.testing import (
     CASES,
     DTYPES,
     LAYOUTS,
+    NATIVE_DTYPES,
     PADDINGS,
     assert_close,
     assert_compiles_once,
@@ -462,5 +464,34 @@ def test_keys_too_long_to_be_held_at_once(backend, options):
     """On a GPU these are read twice."""
     inputs = attention_inputs(queries=40, tokens=2100, width=16, **options)
     inputs = backend.inputs(inputs)
+    expected = backend.expected(OP, inputs)
+    torch.testing.assert_close(call(OP, inputs), expected, rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 9000, "head_reduce": "none"},
+        {"tokens": 9000, "padding": "scattered"},
+        {"tokens": 9000, "by_head": True},
+        {"queries": 5000, "tokens": 70},
+    ],
+    ids=str,
+)
+def test_sums_of_rows_in_turns(backend, options, monkeypatch):
+    """On a GPU the sums of rows lie in scratch memory, which holds those of a few rows here."""
+    monkeypatch.setattr(_native, "_SCRATCH", 20_000)
+    inputs = backend.inputs(attention_inputs(**{"queries": 100, "heads": 3, "width": 8} | options))
+    expected = backend.expected(OP, inputs)
+    torch.testing.assert_close(call(OP, inputs), expected, rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_wide_heads(backend, dtype):
+    inputs = backend.inputs(attention_inputs(queries=5, tokens=70, width=600, dtype=dtype))
     expected = backend.expected(OP, inputs)
     torch.testing.assert_close(call(OP, inputs), expected, rtol=3e-5, atol=1e-6)

@@ -5,6 +5,9 @@ Compares with torch; the kernels are those of tests/emulated_cuda/self_test.cu.
 
 import ctypes
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "emulated_cuda"
 SEEDS = ("0", "1", "2", "3")
 ALL = range(32)
@@ -270,10 +274,23 @@ def test_the_module_builds_and_runs():
     rows, ids = torch.randn(3, 11, 24), torch.randint(11, (3, 5))
     out = torch.empty(3, 5, 24)
     gather = [rows.data_ptr(), 11 * 24 * 4, 24 * 4, 24 * 4, 4, 4, out.data_ptr()]
-    module.cuda_gather_tokens(gather, 3, 11, 5, ids.data_ptr(), 0, 0)
+    module.gather_tokens(gather, 3, 11, 5, ids.data_ptr(), (0, 0))
     assert torch.equal(out, rows.gather(1, ids[..., None].expand(-1, -1, 24)))
     with pytest.raises(RuntimeError, match="gather_tokens on CUDA device 1"):
-        module.cuda_gather_tokens(gather, 3, 11, 5, ids.data_ptr(), 1, 0)
+        module.gather_tokens(gather, 3, 11, 5, ids.data_ptr(), (1, 0))
+
+
+def test_the_kernels_of_gpus_without_clusters():
+    """Every op again, as the first architecture that is built has it."""
+    files = [f"tests/test_{op}.py" for op in ("attention_scores", "self_guided_masking")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cuda-emulated", *files],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "SMA_EMULATED_ARCH": "80", "SMA_FAST_REQUIRE": "emulated"},
+    )
+    assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-3000:]
 
 
 def test_the_compiler_s_words_are_in_the_error(tmp_path: Path):

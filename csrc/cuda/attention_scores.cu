@@ -11,7 +11,7 @@ namespace sma {
 namespace cuda {
 namespace {
 
-constexpr unsigned kWarps = 8;
+constexpr unsigned kWarps = 8;       // of a block, at most
 constexpr int64_t kMostSplits = 32;  // parts of the keys
 constexpr int64_t kMostRows = 4096;  // of a head, in one turn
 
@@ -30,12 +30,12 @@ struct TurnShared {
 };
 
 template <bool kWide>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
+__global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
     row_sums_kernel(const __grid_constant__ AttentionScoresArgs a,
                     const __grid_constant__ Turn turn) {
   using Score = Scorer<kWide>;
   char* const memory = shared_memory();
-  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(kWarps));
+  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(Score::warps()));
   int* const rows = reinterpret_cast<int*>(&shared + 1);
   const int64_t split = blockIdx.x % turn.splits, at = blockIdx.x / turn.splits;
   const int64_t head = turn.head + at % turn.heads, b = turn.sample + at / turn.heads;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   Score scorer(a, turn.memory, b, memory);
   const int64_t first_key = split * turn.split_keys;
   const int64_t last_key = min(a.tokens, first_key + turn.split_keys);
-  const int64_t keys = turn.memory.keys(kWarps);
+  const int64_t keys = turn.memory.keys(Score::warps());
   const unsigned lane = Score::lane(), warp = Score::warp();
   for (int first = 0; first < list.count; first += turn.memory.chunk_rows()) {
     const int count = min(turn.memory.chunk_rows(), list.count - first);
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     RowSum* parts = turn.parts + (at * turn.splits + split) * turn.rows + first;
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       RowSum sum = shared.sums[i][0];
-      for (unsigned w = 1; w < kWarps; ++w) sum = join(sum, shared.sums[i][w], scorer.factor);
+      for (unsigned w = 1; w < Score::warps(); ++w)
+        sum = join(sum, shared.sums[i][w], scorer.factor);
       parts[i] = sum;
     }
     __syncthreads();
@@ -95,14 +96,14 @@ __global__ void __launch_bounds__(256)
 }
 
 template <bool kWide>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
+__global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
     column_sums_kernel(const __grid_constant__ AttentionScoresArgs a,
                        const __grid_constant__ Turn turn, int64_t blocks, bool adds) {
   using Score = Scorer<kWide>;
   char* const memory = shared_memory();
-  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(kWarps));
+  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(Score::warps()));
   int* const rows = reinterpret_cast<int*>(&shared + 1);
-  const int64_t keys = turn.memory.keys(kWarps);
+  const int64_t keys = turn.memory.keys(Score::warps());
   const bool apart = a.reduce == kNone;
   const int64_t first_key = blockIdx.x % blocks * keys, at = blockIdx.x / blocks;
   const int64_t b = turn.sample + (apart ? at / turn.heads : at);
@@ -154,9 +155,13 @@ int in_turns(const AttentionScoresArgs& a, const Place& place) {
   Turn turn = {};
   const int64_t most_rows = std::min(std::max<int64_t>(a.selected, 1), kMostRows);
   const int64_t extra = sizeof(TurnShared) + most_rows * sizeof(int);
-  turn.memory = score_memory(a, kWarps, 1, limits_of(place.device).shared_bytes - extra);
-  if (turn.memory.tiles == 0) return cudaErrorInvalidValue;
-  const int64_t keys = turn.memory.keys(kWarps);
+  unsigned warps = kWarps * 2;
+  do {  // fewer where rows are so long that not a tile of keys fits for each
+    warps /= 2;
+    turn.memory = score_memory(a, warps, 1, limits_of(place.device).shared_bytes - extra);
+  } while (turn.memory.tiles == 0 && warps > 1);
+  if (turn.memory.tiles == 0) return kRowsTooLong;
+  const int64_t keys = turn.memory.keys(warps);
   const int64_t blocks = parts(a.tokens, keys);
   turn.split_keys = parts(blocks, kMostSplits) * keys;
   turn.splits = parts(a.tokens, turn.split_keys);
@@ -165,8 +170,8 @@ int in_turns(const AttentionScoresArgs& a, const Place& place) {
   const int64_t heads = std::min(a.heads, room / rows);
   const int64_t samples = heads == a.heads ? std::min(a.batch, room / rows / heads) : 1;
   const float factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e;
-  const unsigned threads = kWarps * kWarp;
-  const size_t bytes = turn.memory.bytes(kWarps) + extra;
+  const unsigned threads = warps * kWarp;
+  const size_t bytes = turn.memory.bytes(warps) + extra;
   int error = 0;
   for (turn.sample = 0; turn.sample < a.batch && error == 0; turn.sample += samples)
     for (turn.head = 0; turn.head < a.heads && error == 0; turn.head += heads)

@@ -6,6 +6,11 @@
 
 namespace sma {
 namespace cuda {
+namespace {
+
+__global__ void asked_kernel() {}
+
+}  // namespace
 
 const DeviceLimits& limits_of(int device) {
   static std::mutex mutex;
@@ -17,13 +22,18 @@ const DeviceLimits& limits_of(int device) {
     auto* limits = new DeviceLimits{1, 48 << 10, 0};
     cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&limits->major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaFuncAttributes code = {};
+    if (cudaFuncGetAttributes(&code, asked_kernel) == cudaSuccess)
+      limits->major = code.ptxVersion / 10;
     known[index] = limits;
   }
   return *known[index];
 }
 
 std::string error_text(int error) {
+  if (error == kRowsTooLong)
+    return "the heads are too wide for this GPU's shared memory. Use the backend triton or "
+           "reference";
   const auto code = static_cast<cudaError_t>(error);
   std::string text = cudaGetErrorString(code);
   if (code == cudaErrorNoKernelImageForDevice)

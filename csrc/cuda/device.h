@@ -131,12 +131,20 @@ class OnDevice {
   bool changed_ = false;
 };
 
+// What a device has, asked once. The major version is that of the code that runs there: an older
+// one than the device's where the driver compiled it from PTX.
+struct DeviceLimits {
+  int multiprocessors, shared_bytes, major;
+};
+const DeviceLimits& limits_of(int device);
+
 template <class... Params, class... Arguments>
 cudaError_t launch(void (*kernel)(Params...), const Grid& grid, const Place& place,
                    const Arguments&... arguments) {
   if (grid.shared_bytes > (48 << 10)) {
+    // the most there is: another thread may launch the same kernel with more
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits_of(place.device).shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute cluster = {};
@@ -152,12 +160,6 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, const Place& pla
   config.numAttrs = grid.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(arguments)...);
 }
-
-// What a device has, asked once.
-struct DeviceLimits {
-  int multiprocessors, shared_bytes, major;
-};
-const DeviceLimits& limits_of(int device);
 
 }  // namespace cuda
 }  // namespace sma

@@ -8,6 +8,9 @@
 namespace sma {
 namespace cuda {
 
+// Beside CUDA's errors: queries and keys are too wide for shared memory.
+constexpr int kRowsTooLong = -1;
+
 struct Place {
   int device;
   void* stream;

@@ -15,6 +15,13 @@ constexpr int kRowTile = 16;      // rows of an mma
 constexpr int kMostRowTiles = 4;  // of a chunk of rows
 constexpr int kTiles = 8;         // of 8 keys that a warp takes, at most
 constexpr int kStepBytes = 64;    // of a row of features: 16 bytes for each of 4 lanes
+// GPUs from 12.0 on have half the shared memory: fewer warps, each of which has more registers.
+constexpr unsigned score_warps(int major) { return major >= 12 ? 8 : 16; }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr unsigned kScoreThreads = score_warps(12) * kWarp, kTurnBlocks = 1;
+#else
+constexpr unsigned kScoreThreads = score_warps(0) * kWarp, kTurnBlocks = 2;
+#endif
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLog2e = 1.44269504088896340736f;
 
@@ -190,7 +197,10 @@ class Scorer {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      if (!(live >> i & 1)) continue;
+      if (!(live >> i & 1)) {
+        logit[i][2 * half] = logit[i][2 * half + 1] = 0.0f;
+        continue;
+      }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float& x = logit[i][2 * half + j];
@@ -209,7 +219,6 @@ class Scorer {
   __device__ void add(const Logits& e, int half, float weight) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      if (!(live >> i & 1)) continue;
 #pragma unroll
       for (int j = 0; j < 2; ++j) column[i][j] += e[i][2 * half + j] * weight;
     }

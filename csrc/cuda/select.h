@@ -82,18 +82,21 @@ class SelectRow {
 
   __device__ void run() {
     mark_tokens();
-    const unsigned competing = read_keys(a.scores, 1.0f);
-    const unsigned count = masked_of(competing), valid = competing;
-    if (a.pool_ratio >= 0) {
-      const unsigned pool = max(count, rounded(a.pool_ratio * valid));
-      settle(find(pool, competing), kCompeting, kPassed);
-      finish(find(count, read_keys(a.noise, -1.0f)), count, valid);
-    } else if (a.random_fraction > 0) {
-      const unsigned top = rounded((1.0 - a.random_fraction) * count);
-      settle(find(top, competing), kTaken, kCompeting);
-      finish(find(count - top, read_keys(a.noise, -1.0f)), count, valid);
-    } else {
-      finish(find(count, competing), count, valid);
+    unsigned competing = read_keys(a.scores, 1.0f);
+    const unsigned valid = competing, count = masked_of(valid);
+    // what the scores choose; noise may choose among these, or the rest
+    const bool has_pool = a.pool_ratio >= 0, is_last = !has_pool && a.random_fraction == 0;
+    unsigned wanted = count;
+    if (has_pool) wanted = max(count, rounded(a.pool_ratio * valid));
+    else if (!is_last) wanted = rounded((1.0 - a.random_fraction) * count);
+#pragma unroll 1
+    for (bool last = is_last;; last = true) {
+      const Threshold t = find(wanted, competing);
+      if (last) return finish(t, count, valid);
+      settle(t, has_pool ? kCompeting : kTaken, has_pool ? kPassed : kCompeting);
+      competing = read_keys(a.noise, -1.0f);
+      if (has_pool) wanted = count;
+      else wanted = count - wanted;
     }
   }
 

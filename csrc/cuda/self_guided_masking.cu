@@ -17,7 +17,6 @@ namespace sma {
 namespace cuda {
 namespace {
 
-constexpr unsigned kScoreWarps = 16;   // of a block, at most
 constexpr int64_t kMostListed = 4096;  // queries of a sample
 constexpr unsigned kMostBlocks = 8;    // of a cluster, on every GPU that has them
 
@@ -31,13 +30,13 @@ struct Plan {
 };
 
 struct RowSums {  // of a row tile, one for each parity
-  RowSum of[2][kRowTile][kScoreWarps];
+  RowSum of[2][kRowTile][score_warps(0)];
 };
 
 // What lies in shared memory behind the Scorer's.
 struct ScoreShared {
   RowSums sums;
-  int counts[kScoreWarps];
+  int counts[score_warps(0)];
 };
 
 template <bool kWide>
@@ -54,18 +53,16 @@ class SampleScores {
         shared(*reinterpret_cast<ScoreShared*>(shared + plan.memory.bytes(Score::warps()))),
         rows(reinterpret_cast<int*>(&this->shared + 1)),
         columns(reinterpret_cast<float*>(rows + args.selected)) {
-    const int64_t rank = cluster_rank();
-    first_key = plan.shares_keys ? min(a.tokens, rank * plan.part) : 0;
-    last_key = plan.shares_keys ? min(a.tokens, first_key + plan.part) : a.tokens;
-    first_group = plan.shares_keys ? 0 : plan.groups / plan.blocks * rank;
-    last_group = plan.shares_keys ? plan.groups : first_group + plan.groups / plan.blocks;
-    last_head = first_head_of(last_group);
+    first_key = plan.shares_keys ? min(a.tokens, cluster_rank() * plan.part) : 0;
+    own_groups = static_cast<int>(plan.shares_keys ? plan.groups : plan.groups / plan.blocks);
+    first_group = plan.shares_keys ? 0 : cluster_rank() * own_groups;
+    last_head = first_head_of(first_group + own_groups);
   }
 
   __device__ void run() {
-    scorer.look_at(first_key, last_key);
-    Item next = {first_head_of(first_group) - 1, {nullptr, 0}, 0, 0, 0};
-    int64_t head = next.head + 1;  // the first whose columns are not written
+    scorer.look_at(first_key, plan.shares_keys ? min(a.tokens, first_key + plan.part) : a.tokens);
+    Item next = {first_head_of(first_group) - 1, kNotListed, 0, 0, 0};
+    int head = next.head + 1;  // the first whose columns are not written
     bool more = find_next(&next);
     if (more) stage(&next, -1);
     while (more) {
@@ -85,10 +82,9 @@ class SampleScores {
   }
 
  private:
-  struct Item {  // a chunk of rows of a head
-    int64_t head;
-    RowList list;
-    int first;
+  static constexpr int kNotListed = -1;
+  struct Item {  // a chunk of the rows of a head
+    int head, count, first;
     int keys, queries;  // buffers
   };
 
@@ -99,28 +95,29 @@ class SampleScores {
   ScoreShared& shared;
   int* const rows;
   float* const columns;  // sums over a group of heads; in a cluster that shares heads, over each
-  int64_t first_key, last_key, first_group, last_group, last_head;
+  int64_t first_key;
+  int first_group, own_groups, last_head;
   Item item;
   int parity = 0;
 
-  __device__ int64_t key_head(int64_t head) const { return head / (a.heads / a.kv_heads); }
+  __device__ int key_head(int head) const { return head / static_cast<int>(a.heads / a.kv_heads); }
 
   // Goes on to the next chunk that has rows; false: there is none.
   __device__ bool find_next(Item* at) {
     at->first += plan.memory.chunk_rows();
-    while (at->first >= at->list.count) {
+    while (at->first >= at->count) {
       if (++at->head >= last_head) return false;
       at->first = 0;
-      if (a.head_index != nullptr || at->list.rows == nullptr)
-        at->list = list_rows(a, b, at->head, 0, a.selected, rows, shared.counts);
+      if (a.head_index != nullptr || at->count == kNotListed)
+        at->count = list_rows(a, b, at->head, 0, a.selected, rows, shared.counts).count;
     }
     return true;
   }
 
   // Sends for a chunk of queries, and for keys unless those of its head are there.
-  __device__ void stage(Item* at, int64_t key_head_there) {
+  __device__ void stage(Item* at, int key_head_there) {
     at->queries ^= 1;
-    scorer.stage_queries(at->queries, at->head, at->list, at->first);
+    scorer.stage_queries(at->queries, at->head, {rows, at->count}, at->first);
     if (key_head(at->head) != key_head_there) {
       at->keys = (at->keys + 1) % plan.memory.buffers;
       scorer.stage_keys(at->keys, at->head);
@@ -130,7 +127,7 @@ class SampleScores {
 
   __device__ void add_rows() {
     for (int tile = 0; tile < plan.memory.row_tiles; ++tile, parity ^= 1) {
-      const int left = item.list.count - item.first - tile * kRowTile;
+      const int left = item.count - item.first - tile * kRowTile;
       if (left <= 0) return;
       typename Score::Logits e;
       float most[2];
@@ -159,11 +156,13 @@ class SampleScores {
   __device__ float weight_of(int row, float most) {
     const unsigned blocks = plan.shares_keys ? cluster_size() : 1;
     float highest = -kInfinity, sum = 0.0f;
+#pragma unroll 1
     for (unsigned i = 0; i < blocks; ++i)
       for (unsigned w = Score::lane() % 4; w < Score::warps(); w += 4)
         highest = fmaxf(highest, sum_of(row, i, blocks, w).most);
     highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
     highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
+#pragma unroll 1
     for (unsigned i = 0; i < blocks; ++i)
       for (unsigned w = Score::lane() % 4; w < Score::warps(); w += 4)
         sum += rescaled(sum_of(row, i, blocks, w), highest, scorer.factor);
@@ -179,17 +178,19 @@ class SampleScores {
     return a.reduce == kMean && a.head_index == nullptr ? 1.0f / static_cast<float>(a.heads) : 1.0f;
   }
 
-  __device__ int64_t first_head_of(int64_t group) const { return a.heads * group / plan.groups; }
+  __device__ int first_head_of(int group) const {
+    return static_cast<int>(a.heads) * group / static_cast<int>(plan.groups);
+  }
   __device__ bool keeps_groups() const { return cluster_size() > 1 && !plan.shares_keys; }
 
   // Writes what a head's rows add up to, or adds it to its group's.
-  __device__ void end_head(int64_t head) {
+  __device__ void end_head(int head) {
     if (a.reduce == kNone) {
       float* scores = a.scores + (b * a.heads + head) * a.tokens;
       scorer.take_columns([&](int n, float sum) { scores[n] = sum; });
       return;
     }
-    int64_t group = first_group;
+    int group = first_group;
     while (first_head_of(group + 1) <= head) ++group;
     if (first_head_of(group + 1) != head + 1) return;
     const int64_t skip = plan.shares_keys ? first_key : 0;
@@ -202,13 +203,12 @@ class SampleScores {
     float* scores = a.scores + b * a.tokens;
     const int64_t begin = cluster_rank() * plan.part;
     const int64_t end = min(a.tokens, begin + plan.part);
-    const int groups = static_cast<int>(last_group - first_group);
     cluster_sync();
     for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) {
       float total = 0.0f;
       if (keeps_groups())
         for (unsigned r = 0; r < cluster_size(); ++r)
-          for (int group = 0; group < groups; ++group)
+          for (int group = 0; group < own_groups; ++group)
             total += cluster_map(columns, r)[group * a.tokens + n];
       else total = columns[plan.shares_keys ? n - first_key : n];
       scores[n] = total * factor();
@@ -230,7 +230,7 @@ __device__ void gather_part(const GatherTokensArgs& a, int64_t sample) {
 }
 
 template <bool kWide>
-__global__ void __launch_bounds__(kScoreWarps* kWarp, 1)
+__global__ void __launch_bounds__(kScoreThreads, 1)
     masking_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                    const __grid_constant__ Plan plan, bool selects) {
   char* const memory = shared_memory();
@@ -256,6 +256,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   Plan plan = {};
   if (a.selected > kMostListed) return plan;
   const unsigned most_blocks = limits.major >= 9 ? kMostBlocks : 1;
+  const unsigned most_warps = score_warps(limits.major);
   plan.groups = 1;
   while (plan.groups < kMostBlocks && plan.groups * 2 <= a.heads) plan.groups *= 2;
   int64_t extra = 0;
@@ -265,7 +266,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
     const int64_t columns = keys * (key_blocks > 1 ? 1 : (plan.groups + 1) / 2);
     extra = sizeof(ScoreShared) + (a.selected + columns) * int64_t{sizeof(float)};
     plan.warps = 1;
-    while (plan.warps < kScoreWarps && plan.warps * kTiles * 8 < keys) plan.warps *= 2;
+    while (plan.warps < most_warps && plan.warps * kTiles * 8 < keys) plan.warps *= 2;
     plan.memory = score_memory(a, plan.warps, buffers, limits.shared_bytes - extra);
     return plan.memory.keys(plan.warps) >= keys;
   };
@@ -276,7 +277,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   plan.shares_keys = key_blocks > 1;
   plan.blocks = key_blocks;
   while (!plan.shares_keys && plan.blocks * 2 <= std::min(most_blocks, plan.groups) &&
-         a.batch * plan.blocks * 2 * plan.warps <= limits.multiprocessors * int64_t{kScoreWarps})
+         a.batch * plan.blocks * 2 * plan.warps <= limits.multiprocessors * int64_t{most_warps})
     plan.blocks *= 2;
   plan.part = (a.tokens + plan.blocks - 1) / plan.blocks;
   const size_t selection = selects ? sizeof(SelectShared) + held_bytes(plan.part) : 0;

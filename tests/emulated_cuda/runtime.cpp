@@ -7,9 +7,15 @@
 namespace {
 
 constexpr size_t kPortableShared = 48 << 10;
-constexpr int kMostShared = 232448;
 constexpr unsigned kMostThreads = 1024, kMostGrid = 65535;
 constexpr unsigned kPortableCluster = 8, kMostCluster = 16;
+
+// SMA_EMULATED_ARCH=80 makes it an older GPU.
+int arch() {
+  const char* given = std::getenv("SMA_EMULATED_ARCH");
+  return given == nullptr ? 90 : std::atoi(given);
+}
+int most_shared() { return arch() < 90 ? 166912 : 232448; }
 
 struct Attributes {
   size_t shared = kPortableShared;
@@ -70,16 +76,21 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = 4;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = arch() / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = arch() % 10;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = kMostShared;
+      *value = most_shared();
       return cudaSuccess;
   }
   return report(cudaErrorInvalidValue, "device attribute " + std::to_string(attribute));
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes) {
+  attributes->ptxVersion = arch();
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
@@ -90,7 +101,7 @@ cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const std::lock_guard<std::mutex> guard(attributes_guard);
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || value > kMostShared)
+    if (value < 0 || value > most_shared())
       return report(cudaErrorInvalidValue, std::to_string(value) + " bytes of shared memory");
     attributes[kernel].shared = static_cast<size_t>(value);
   } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
@@ -122,7 +133,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
                                              " bytes of shared memory, the kernel may have " +
                                              std::to_string(allowed.shared));
   const uint64_t blocks = uint64_t{cluster.x} * cluster.y * cluster.z;
-  if (blocks == 0 || blocks > (allowed.large_clusters ? kMostCluster : kPortableCluster))
+  const unsigned most = arch() < 90 ? 1 : allowed.large_clusters ? kMostCluster : kPortableCluster;
+  if (blocks == 0 || blocks > most)
     return report(cudaErrorInvalidClusterSize, "a cluster of " + text(cluster) + " blocks");
   if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0)
     return report(cudaErrorInvalidConfiguration,

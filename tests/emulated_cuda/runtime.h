@@ -50,6 +50,10 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
 // The text of the last error of this thread says what went wrong.
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
@@ -64,6 +68,12 @@ template <class Result, class... Parameters>
 cudaError_t cudaFuncSetAttribute(Result (*kernel)(Parameters...), cudaFuncAttribute attribute,
                                  int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes);
+template <class Result, class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Result (*)(Parameters...)) {
+  return cudaFuncGetAttributes(attributes);
 }
 
 namespace emulated {
