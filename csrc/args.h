@@ -130,4 +130,24 @@ struct RandomMaskingArgs {
   int64_t* ids_restore;     // (B, N)
 };
 
+enum BipartitionMethod : int { kNcut = 0, kPca = 1 };
+
+struct BipartitionArgs {
+  const void* embeddings;  // (B, N, C)
+  int dtype;
+  int64_t batch, tokens, width;
+  int64_t strides[3];
+  const uint8_t* padding;  // (B, N), or null
+  int method;
+  int64_t iterations;
+  double tol;
+  float* vector;        // (B, N)
+  uint8_t* labels;      // (B, N)
+  int64_t* ids;         // (B, N)
+  float* eigenvalue;    // (B,)
+  uint8_t* converged;   // (B,)
+  uint8_t* not_finite;  // set where an embedding is not
+  int threads;
+};
+
 }  // namespace sma

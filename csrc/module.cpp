@@ -489,6 +489,35 @@ void random_masking(const Gather& gather, Address noise, int64_t batch, int64_t 
   run(kernels()->random_masking, a);
 }
 
+void bipartition(Address embeddings, int dtype, int64_t batch, int64_t tokens, int64_t width,
+                 const std::array<int64_t, 3>& strides, Address padding, int method,
+                 int64_t iterations, double tol, Address vector, Address labels, Address ids,
+                 Address eigenvalue, Address converged, const Where& where) {
+  BipartitionArgs a = {};
+  a.embeddings = at<void>(embeddings);
+  a.dtype = dtype;
+  a.batch = batch;
+  a.tokens = tokens;
+  a.width = width;
+  for (int i = 0; i < 3; ++i) a.strides[i] = strides[i];
+  a.padding = at<uint8_t>(padding);
+  a.method = method;
+  a.iterations = iterations;
+  a.tol = tol;
+  a.vector = at<float>(vector);
+  a.labels = at<uint8_t>(labels);
+  a.ids = at<int64_t>(ids);
+  a.eigenvalue = at<float>(eigenvalue);
+  a.converged = at<uint8_t>(converged);
+  a.threads = threads_of(where);
+  uint8_t not_finite = 0;
+  a.not_finite = &not_finite;
+  check_length("embeddings", tokens);
+  run(kernels()->bipartition, a);
+  if (not_finite)
+    throw py::value_error("embeddings: holds NaN or infinity, allowed are finite numbers");
+}
+
 py::dict build_info() {
   py::dict info;
   info["CPU instruction set"] = kernels()->name;
@@ -539,5 +568,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("restore_tokens_backward", &restore_tokens_backward);
   m.def("self_guided_masking", &self_guided_masking);
   m.def("random_masking", &random_masking);
+  m.def("bipartition", &bipartition);
   m.attr("cuda_ops") = cuda_ops();
 }

@@ -3,12 +3,15 @@
 from sma_fast._dispatch import backends, show_config, use_backend
 from sma_fast._version import __version__ as __version__
 from sma_fast.ops import (
+    Bipartition,
     SelfGuidedMasking,
     TokenSelection,
     aggregate_attention,
     attention_scores,
+    bipartition,
     draw_queries,
     gather_tokens,
+    informed_scores,
     random_masking,
     restore_tokens,
     select_tokens,
@@ -16,13 +19,16 @@ from sma_fast.ops import (
 )
 
 __all__ = [
+    "Bipartition",
     "SelfGuidedMasking",
     "TokenSelection",
     "aggregate_attention",
     "attention_scores",
     "backends",
+    "bipartition",
     "draw_queries",
     "gather_tokens",
+    "informed_scores",
     "random_masking",
     "restore_tokens",
     "select_tokens",

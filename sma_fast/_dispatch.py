@@ -39,6 +39,7 @@ _GPU_CHECKS = {
     ),
     "self_guided_masking": lambda q, k, tokens, index, heads, *_: _check_queries(index, heads, q),
     "random_masking": lambda *_: None,
+    "bipartition": lambda embeddings, *_: reference.check_finite("embeddings", embeddings),
 }
 _forced: str | None = None
 

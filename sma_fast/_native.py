@@ -23,6 +23,7 @@ from sma_fast._errors import Unavailable
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCE = {"mean": 0, "sum": 1, "none": 2}
+_METHODS = {"ncut": 0, "pca": 1}
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (*_SCORES, torch.float64)
 
@@ -369,7 +370,37 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
     return visible, mask, ids_restore
 
 
+def bipartition(embeddings, key_padding_mask, method, iterations, tol) -> tuple[Tensor, ...]:
+    batch, tokens, width = embeddings.shape
+    (key_padding_mask,) = _contiguous(key_padding_mask)
+    device = embeddings.device
+    cut = (
+        _empty((batch, tokens), torch.float32, device),
+        _empty((batch, tokens), torch.bool, device),
+        _empty((batch, tokens), torch.int64, device),
+        torch.empty(batch, dtype=torch.float32, device=device),
+        torch.empty(batch, dtype=torch.bool, device=device),
+    )
+    _count("bipartition", embeddings)
+    _module().bipartition(
+        embeddings.data_ptr(),
+        _DTYPES[embeddings.dtype],
+        batch,
+        tokens,
+        width,
+        embeddings.stride(),
+        _address(key_padding_mask),
+        _METHODS[method],
+        iterations,
+        tol,
+        *[x.data_ptr() for x in cut],
+        _where(embeddings),
+    )
+    return cut
+
+
 attention_scores.dtypes = _SCORES
+bipartition.dtypes = _SCORES
 aggregate_attention.dtypes = _SCORES
 select_tokens.dtypes = _SCORES
 self_guided_masking.dtypes = _SCORES
@@ -390,6 +421,7 @@ _OPS = {
         restore_tokens_backward,
         self_guided_masking,
         random_masking,
+        bipartition,
     )
 }
 

@@ -45,6 +45,10 @@ SCHEMAS = {
     "random_masking": (
         "(Tensor tokens, Tensor noise, float mask_ratio) -> (Tensor, Tensor, Tensor)"
     ),
+    "bipartition": (
+        "(Tensor embeddings, Tensor? key_padding_mask, str method, int iterations, float tol)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -293,3 +297,21 @@ def _random_backward(ctx, grad, grad_mask, grad_ids):
 
 
 _autograd("random_masking", _random_setup, _random_backward)
+
+
+# bipartition
+
+
+@_fake
+def bipartition(embeddings, key_padding_mask, method, iterations, tol):
+    batch, tokens = embeddings.shape[:2]
+    return (
+        embeddings.new_empty((batch, tokens), dtype=torch.float32),
+        embeddings.new_empty((batch, tokens), dtype=torch.bool),
+        embeddings.new_empty((batch, tokens), dtype=torch.int64),
+        embeddings.new_empty((batch,), dtype=torch.float32),
+        embeddings.new_empty((batch,), dtype=torch.bool),
+    )
+
+
+_no_gradient("bipartition")

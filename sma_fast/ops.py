@@ -57,6 +57,25 @@ class SelfGuidedMasking(NamedTuple):
     head_index: Tensor | None
 
 
+class Bipartition(NamedTuple):
+    """Patches cut in two.
+
+    Attributes:
+        vector: (B, N) float32 of length 1, the eigenvector; 0 for padding.
+        labels: (B, N) bool, ``vector > 0``.
+        ids: (B, N) int64, the patches whose label is True, ascending, -1 behind.
+        eigenvalue: (B,) float32.
+        converged: (B,) bool, whether the vector is as near to the exact one as `tol` asks, which
+            needs a gap to the next eigenvalue.
+    """
+
+    vector: Tensor
+    labels: Tensor
+    ids: Tensor
+    eigenvalue: Tensor
+    converged: Tensor
+
+
 def attention_scores(
     query: Tensor,
     key: Tensor,
@@ -555,3 +574,132 @@ def _noise(
     elif random_fraction > 0 or pool_ratio is not None:
         noise = _draws.rand((batch, tokens), generator, like.device)
     return noise
+
+
+def bipartition(
+    embeddings: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    method: str = "ncut",
+    iterations: int = 64,
+    tol: float = 1e-4,
+    similarity: str = "cosine",
+) -> Bipartition:
+    """Returns the patches of each sample cut in two by the similarity of their embeddings.
+
+    With ``W = (1 + cosine) / 2`` and its degrees ``D``, "ncut" takes the second eigenvector of
+    ``(D - W) v = eigenvalue D v``, the relaxed normalised cut; "pca" takes the first principal
+    component of the normalised embeddings, for which the eigenvalue is the mean square along it.
+    Equivalent PyTorch, for "ncut"::
+
+        x = torch.nn.functional.normalize(embeddings, dim=2)
+        W = (1 + x @ x.transpose(1, 2)) / 2  # (B, N, N)
+        root = W.sum(2).rsqrt()
+        values, vectors = torch.linalg.eigh(root[:, :, None] * W * root[:, None, :])
+        vector = vectors[:, :, -2] * root  # eigenvalue 1 - values[:, -2]
+
+    The sign: the entry of largest size is positive, the first one where several are as large but
+    for a thousandth. A patch is labelled True where the vector is above 0, which is its mean
+    weighted by the degrees. A zero embedding has cosine 0 with every other and itself. Where there
+    is nothing to cut (one patch, equal embeddings) vector, labels and `converged` are 0.
+
+    Args:
+        embeddings: (B, N, C), N at least 1, float32, bfloat16, float16 or float64; finite.
+        key_padding_mask: (B, N) bool, True = padding.
+        method: "ncut" or "pca".
+        iterations: products with the matrix, at most; at least 1.
+        tol: the largest angle to the exact vector, in radians, for which `converged` is True; above
+            0. It is bounded by the residual over the gap to the next eigenvalue.
+        similarity: "cosine".
+
+    Returns:
+        `Bipartition`. No gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Source: Normalized Cuts (Shi and Malik, 2000), equation 11, as Self-Guided Masked Autoencoder
+    (arXiv 2507.19773) uses it.
+    """
+    _check.tensor("embeddings", embeddings, 3, "(B, N, C)", _check.FLOATS)
+    batch, tokens, width = embeddings.shape
+    if tokens == 0 or width == 0:
+        raise ValueError(
+            f"embeddings: got shape {tuple(embeddings.shape)}, allowed is (B, N, C) with N and C "
+            "at least 1"
+        )
+    _check.mask("key_padding_mask", key_padding_mask, (batch, tokens), embeddings)
+    _check.choice("method", method, ("ncut", "pca"))
+    _check.choice("similarity", similarity, ("cosine",))
+    _check.count("iterations", iterations, None)
+    if iterations == 0:
+        raise ValueError("iterations: got 0, allowed is an int of at least 1")
+    _check.number("tol", tol)
+    if not 0 < tol < float("inf"):
+        raise ValueError(f"tol: got {tol}, allowed is a finite number above 0")
+    return Bipartition(*_ops.bipartition(embeddings, key_padding_mask, method, iterations, tol))
+
+
+def informed_scores(
+    embeddings: Tensor,
+    bipartition: Bipartition,
+    *,
+    cluster: str = "object",
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Returns each patch's cosine similarity to the mean of one of the two clusters.
+
+    `select_tokens` then masks the patches most like it; a random share of it leaves some as
+    hints. Equivalent PyTorch, without padding::
+
+        x = torch.nn.functional.normalize(embeddings, dim=2)
+        mean = (x * labels[:, :, None]).sum(1, keepdim=True)
+        scores = torch.nn.functional.cosine_similarity(x, mean, dim=2)
+
+    Args:
+        embeddings: (B, N, C), as `bipartition` got them.
+        bipartition: what it returned.
+        cluster: whose mean. "object": the cluster that holds the entry of largest size of the
+            eigenvector, which is the one labelled True: what differs most from the rest is cut off
+            most clearly. "background": the other one. "smaller", "larger": by the number of
+            patches, "object" where both are as many.
+        key_padding_mask: (B, N) bool, True = padding; padding scores 0.
+
+    Returns:
+        (B, N) float32 in [-1, 1]; 0 where the cluster is empty. No gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Source: Self-Guided Masked Autoencoder (arXiv 2507.19773); that the object holds the largest
+    entry is TokenCut's rule (arXiv 2202.11539).
+    """
+    _check.tensor("embeddings", embeddings, 3, "(B, N, C)", _check.FLOATS)
+    batch, tokens = embeddings.shape[:2]
+    labels = bipartition.labels
+    _check.tensor("bipartition.labels", labels, 2, "(B, N)", (torch.bool,))
+    if labels.shape[0] != batch or labels.shape[1] != tokens:
+        raise ValueError(
+            f"bipartition.labels: got shape {tuple(labels.shape)}, allowed is {(batch, tokens)}, "
+            "that of embeddings"
+        )
+    _check.device("bipartition.labels", labels, embeddings)
+    _check.mask("key_padding_mask", key_padding_mask, (batch, tokens), embeddings)
+    _check.choice("cluster", cluster, ("object", "background", "smaller", "larger"))
+    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
+        valid = torch.ones_like(labels) if key_padding_mask is None else ~key_padding_mask
+        member = labels & valid
+        if cluster != "object":
+            others = ~labels & valid
+            fewer = others.sum(1) < member.sum(1)  # (B,)
+            more = others.sum(1) > member.sum(1)
+            swap = {"smaller": fewer, "larger": more}.get(cluster, torch.ones_like(fewer))
+            member = torch.where(swap[:, None], others, member)
+        x = embeddings.detach().float()
+        length = x.norm(dim=2)  # (B, N)
+        scale = torch.where(length > 0, 1 / length, 0.0)
+        # one product reads the embeddings for the mean, another for the similarities
+        mean = torch.bmm((member * scale)[:, None, :], x)  # (B, 1, C)
+        mean = torch.nn.functional.normalize(mean, dim=2)
+        scores = torch.bmm(x, mean.transpose(1, 2))[:, :, 0] * scale
+        return scores.masked_fill(~valid, 0.0)

@@ -227,6 +227,54 @@ def random_masking(
     return gather_tokens(tokens, ids_visible), mask.float(), ids_restore
 
 
+@torch.no_grad()
+def bipartition(
+    embeddings: Tensor,  # (B, N, C)
+    key_padding_mask: Tensor | None,  # (B, N)
+    method: str,
+    iterations: int,
+    tol: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_finite("embeddings", embeddings)
+    batch, tokens, _ = embeddings.shape
+    x = embeddings.double()
+    valid = torch.ones((batch, tokens), dtype=torch.float64, device=x.device)
+    if key_padding_mask is not None:
+        valid = (~key_padding_mask).double()
+    number = valid.sum(1)[:, None].clamp(min=1)  # (B, 1)
+    length = x.norm(dim=2, keepdim=True)
+    x = torch.where(length > 0, x / length, 0.0) * valid[:, :, None]
+    cosine = x @ x.transpose(1, 2)  # (B, N, N); 0 with a zero row
+    if method == "ncut":
+        weight = (valid[:, :, None] * valid[:, None, :] + cosine) / 2
+        degree = weight.sum(2).clamp(min=1e-6 * number)  # (B, N)
+        root = degree.rsqrt() * valid
+        matrix = root[:, :, None] * weight * root[:, None, :]
+        trivial = degree.sqrt() * valid
+    else:
+        root, trivial = valid, valid
+        matrix = cosine / number[:, :, None]
+    trivial = torch.nn.functional.normalize(trivial, dim=1)
+    away = torch.eye(tokens, dtype=x.dtype, device=x.device) - (
+        trivial[:, :, None] * trivial[:, None, :]
+    )
+    values, vectors = torch.linalg.eigh(away @ matrix @ away)  # ascending
+    value = values[:, -1]
+    next_value = values[:, -2] if tokens > 1 else torch.zeros_like(value)
+    found = (value > 1e-6) & (valid.sum(1) > 1)
+    vector = torch.nn.functional.normalize(vectors[:, :, -1] * root, dim=1) * found[:, None]
+    large = vector.abs() >= (1 - 1e-3) * vector.abs().amax(1, keepdim=True)
+    first = vector.gather(1, large.to(torch.uint8).argmax(1, keepdim=True))  # the first large one
+    vector = torch.where(first < 0, -vector, vector)
+    labels = vector > 0
+    eigenvalue = torch.where(found, value, 0.0)
+    if method == "ncut":
+        eigenvalue = 1 - eigenvalue
+    converged = found & (value - next_value > 1e-6)
+    ids = _compact(labels, labels.cumsum(1) - 1, tokens)
+    return vector.float(), labels, ids, eigenvalue.float(), converged
+
+
 # What the ops above share.
 
 
@@ -257,6 +305,14 @@ def check_index(name: str, index: Tensor, low: int, high: int | None) -> None:
     for value in (int(index.min()), int(index.max())):
         if value < low or (high is not None and value >= high):
             raise_index_error(name, value, low, high)
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raises ValueError where `x` is NaN or infinite; on a GPU only under SMA_FAST_CHECK=1."""
+    if x.device.type != "cpu" and os.environ.get("SMA_FAST_CHECK") != "1":
+        return
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name}: holds NaN or infinity, allowed are finite numbers")
 
 
 def raise_index_error(name: str, value: int, low: int, high: int | None) -> None:

@@ -2,6 +2,7 @@
 #define SMA_ISA avx512
 #include "../aggregate_attention.h"
 #include "../attention_scores.h"
+#include "../bipartition.h"
 #include "../draw_queries.h"
 #include "../gather_tokens.h"
 #include "../random_masking.h"
@@ -25,6 +26,7 @@ const Kernels& kernels_avx512() {
       avx512::restore_tokens_backward,
       avx512::self_guided_masking,
       avx512::random_masking,
+      avx512::bipartition,
   };
   return table;
 }

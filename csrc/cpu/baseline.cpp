@@ -2,6 +2,7 @@
 #define SMA_ISA baseline
 #include "../aggregate_attention.h"
 #include "../attention_scores.h"
+#include "../bipartition.h"
 #include "../draw_queries.h"
 #include "../gather_tokens.h"
 #include "../random_masking.h"
@@ -25,6 +26,7 @@ const Kernels& kernels_baseline() {
       baseline::restore_tokens_backward,
       baseline::self_guided_masking,
       baseline::random_masking,
+      baseline::bipartition,
   };
   return table;
 }

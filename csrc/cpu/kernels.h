@@ -16,6 +16,7 @@ struct Kernels {
   void (*restore_tokens_backward)(const RestoreTokensBackwardArgs&);
   void (*self_guided_masking)(const SelfGuidedMaskingArgs&);
   void (*random_masking)(const RandomMaskingArgs&);
+  void (*bipartition)(const BipartitionArgs&);
 };
 
 const Kernels& kernels_baseline();
