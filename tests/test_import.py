@@ -35,10 +35,14 @@ CONTRACT = {  # parameters of the public functions; after "*" by name only
     "use_backend": "name",
     "backends": "",
     "show_config": "",
+    "bipartition": "embeddings, *, key_padding_mask=None, method='ncut', iterations=64, tol=0.0001, "
+    "similarity='cosine'",
+    "informed_scores": "embeddings, bipartition, *, cluster='object', key_padding_mask=None",
 }
 FIELDS = {
     "TokenSelection": "mask ids_visible ids_masked ids_restore num_visible num_masked",
     "SelfGuidedMasking": "selection scores visible query_index head_index",
+    "Bipartition": "vector labels ids eigenvalue converged",
 }
 
 

@@ -19,6 +19,7 @@ OPS = (
     "restore_tokens",
     "self_guided_masking",
     "random_masking",
+    "bipartition",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = DTYPES[:3]  # what every implementation of every op takes

@@ -6,6 +6,7 @@ from sma_fast.testing.calls import Case
 from sma_fast.testing.inputs import (
     aggregate_inputs,
     attention_inputs,
+    cut_inputs,
     draw_inputs,
     gather_inputs,
     guided_inputs,
@@ -307,6 +308,35 @@ _RANDOM = {
     "width 0": {"trailing": (0,)},
     "two more dims": {"trailing": (3, 4)},
 }
+_CUT = {
+    "clustered": {},
+    "pca": {"method": "pca"},
+    "normal": {"values": "normal"},
+    "empty batch": {"batch": 0},
+    "one patch": {"tokens": 1},
+    "two patches": {"tokens": 2},
+    "three patches": {"tokens": 3, "method": "pca"},
+    "63 patches": {"tokens": 63, "width": 24},
+    "196 patches": {"batch": 2, "tokens": 196, "width": 48},
+    "256 patches": {"batch": 2, "tokens": 256},
+    "257 patches": {"batch": 2, "tokens": 257},
+    "1000 patches": {"batch": 1, "tokens": 1000, "method": "pca"},
+    "width 1": {"width": 1, "values": "normal"},
+    "width 33": {"width": 33},
+    "equal": {"values": "equal"},
+    "all zero": {"values": "zero", "method": "pca"},
+    "a zero row": {"values": "a zero row"},
+    "huge": {"values": "huge"},
+    "tiny": {"values": "tiny"},
+    "padding left": {"padding": "left"},
+    "padding right": {"padding": "right", "tokens": 63},
+    "padding scattered": {"padding": "scattered", "tokens": 100, "method": "pca"},
+    "padding, 300 patches": {"padding": "scattered", "tokens": 300},
+    "one full row": {"padding": "one full row"},
+    "every row full": {"padding": "every row full"},
+    "one iteration": {"iterations": 1},
+}
+
 CASES: dict[str, tuple[Case, ...]] = {
     "attention_scores": _cases(attention_inputs, _INDEX | _ATTENTION),
     "aggregate_attention": _cases(aggregate_inputs, _INDEX | _AGGREGATE),
@@ -316,4 +346,5 @@ CASES: dict[str, tuple[Case, ...]] = {
     "restore_tokens": _cases(restore_inputs, _RESTORE),
     "self_guided_masking": _cases(guided_inputs, _GUIDED),
     "random_masking": _cases(random_inputs, _RANDOM),
+    "bipartition": _cases(cut_inputs, _CUT),
 }

@@ -161,6 +161,41 @@ def aggregate_inputs(
     return {"attention": attention} | index | options
 
 
+def cut_inputs(
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch: int = 3,
+    tokens: int = 12,
+    width: int = 8,
+    values: str = "clustered",
+    padding: str | None = None,
+    **options: Any,
+) -> dict:
+    """Embeddings for bipartition; "clustered": a third of the patches of another direction."""
+    generator = rng(0)
+    x = torch.randn(batch, tokens, width, generator=generator)
+    if values == "clustered":
+        centres = torch.randn(batch, 2, width, generator=generator)
+        member = torch.rand(batch, tokens, generator=generator) < 0.3
+        x = 0.3 * x + torch.where(member[:, :, None], centres[:, :1], centres[:, 1:])
+    elif values == "equal":
+        x = x[:, :1].expand(-1, tokens, -1).contiguous()
+    elif values == "zero":
+        x = torch.zeros_like(x)
+    elif values == "a zero row":
+        x[:, :1] = 0.0
+    elif values == "huge":
+        x *= 1e4
+    elif values == "tiny":
+        x *= 1e-4
+    else:
+        assert values == "normal", values
+    inputs = {"embeddings": x.to(dtype)}
+    if padding is not None:
+        inputs["key_padding_mask"] = padding_mask(padding, batch, tokens)
+    return inputs | options
+
+
 def select_inputs(
     dtype: torch.dtype = torch.float32,
     *,
