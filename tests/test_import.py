@@ -35,8 +35,8 @@ CONTRACT = {  # parameters of the public functions; after "*" by name only
     "use_backend": "name",
     "backends": "",
     "show_config": "",
-    "bipartition": "embeddings, *, key_padding_mask=None, method='ncut', iterations=64, tol=0.0001, "
-    "similarity='cosine'",
+    "bipartition": "embeddings, *, key_padding_mask=None, method='ncut', iterations=64, "
+    "tol=0.0001, similarity='cosine'",
     "informed_scores": "embeddings, bipartition, *, cluster='object', key_padding_mask=None",
 }
 FIELDS = {
