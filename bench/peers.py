@@ -107,6 +107,17 @@ def best_masking(
     return Masked(scores, mask, ids, best_gather(tokens, ids))
 
 
+def eigh_cut(embeddings: Tensor) -> Tensor:
+    """Returns the labels of the normalised cut by a batched eigh of the same similarities."""
+    x = torch.nn.functional.normalize(embeddings.float(), dim=2)
+    weight = torch.baddbmm(torch.tensor(0.5, device=x.device), x, x.transpose(1, 2), alpha=0.5)
+    root = weight.sum(2).rsqrt()
+    _, vectors = torch.linalg.eigh(root[:, :, None] * weight * root[:, None, :])
+    vector = vectors[:, :, -2] * root  # (B, N)
+    largest = vector.gather(1, vector.abs().argmax(1, keepdim=True))
+    return vector * largest.sign() > 0
+
+
 def best_draw(
     batch: int, candidates: int, number: int, padding: Tensor | None, device: str
 ) -> Tensor:

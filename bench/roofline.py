@@ -123,6 +123,16 @@ def draw(num_candidates: int, query_index: Tensor) -> Stage:
     return Stage("draw", query_index.shape[0] * num_candidates * 4 + query_index.nbytes)
 
 
+def similarity(embeddings: Tensor) -> Stage:
+    """Returns the stage of one product of each sample's embeddings with themselves.
+
+    bytes: the (B, N, C) embeddings read; the products stay where they are used.
+    operations: B * 2 * N * N * C, both halves of the symmetric product.
+    """
+    batch, tokens, width = embeddings.shape
+    return Stage("similarity", embeddings.nbytes, 2 * batch * tokens * tokens * width)
+
+
 def gather(tokens: Tensor, ids: Tensor) -> Stage:
     """Returns the stage that gathers rows: those with an id read, all of (B, V, C) written."""
     row = tokens[0, 0].nbytes

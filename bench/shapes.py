@@ -65,6 +65,8 @@ SHAPES = {
             "long", batch=1, heads=8, queries=512, tokens=262144, head_dim=64, width=256,
             selected=64, ratio=0.15, latents=True,
         ),
+        # Patches of ViT-B/16, as bipartition gets them; the batch is that of its target.
+        Shape("patches", batch=256, tokens=196, width=768, ratio=0.75),
         # Small enough that only a call's fixed cost is left.
         Shape(
             "2x16", batch=2, heads=2, queries=16, tokens=16, head_dim=8, width=8,
@@ -96,6 +98,7 @@ FULL_BATCH = {
     "image": 64,
     "vit": 4096,
     "long": 32,
+    "patches": 256,
 }
 FIXED_LENGTH = tuple(name for name in ALL if SHAPES[name].shortest is None)
 
@@ -154,6 +157,16 @@ def tokens(shape: Shape, device: str, dtype: torch.dtype) -> Tensor:
     draw = torch.Generator(device).manual_seed(2)
     size = (shape.batch, shape.tokens, shape.width)
     return torch.randn(size, device=device, dtype=dtype, generator=draw)
+
+
+def embeddings(shape: Shape, device: str, dtype: torch.dtype) -> Tensor:
+    """Returns embeddings in two clusters, a third of the patches in the first, (B, N, C)."""
+    draw = torch.Generator(device).manual_seed(5)
+    size = (shape.batch, shape.tokens, shape.width)
+    noise = torch.randn(size, device=device, generator=draw)
+    centres = torch.randn((shape.batch, 2, shape.width), device=device, generator=draw)
+    member = torch.rand(size[:2], device=device, generator=draw) < 1 / 3
+    return (torch.where(member[:, :, None], centres[:, :1], centres[:, 1:]) + noise).to(dtype)
 
 
 def scores(shape: Shape, device: str) -> Tensor:

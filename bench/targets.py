@@ -64,6 +64,10 @@ class Target(NamedTuple):
 
 
 TARGETS = (
+    Target("bipartition", "forward", "patches", "eigh", 10),
+    Target("bipartition", "forward", "patches", "floor", 1.5),
+    Target("bipartition", "forward", "patches", "eigh", 50, device="cuda", batch=256),
+    Target("bipartition", "forward", "patches", "floor", 2, device="cuda", batch=256),
     *(
         Target("self_guided_masking", "forward", shape, "floor", 1.4)
         for shape in ("protein", "molecule", "image", "long")
