@@ -17,6 +17,26 @@ int arch() {
 }
 int most_shared() { return arch() < 90 ? 166912 : 232448; }
 
+// SMA_EMULATED_ERROR=209 makes every launch fail with that error, in CUDA's own words.
+cudaError_t chosen_error() {
+  const char* given = std::getenv("SMA_EMULATED_ERROR");
+  return given == nullptr ? cudaSuccess : static_cast<cudaError_t>(std::atoi(given));
+}
+const char* words_of(cudaError_t error) {
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorUnsupportedPtxVersion:
+      return "the provided PTX was compiled with an unsupported toolchain.";
+    default:
+      return "an error that was chosen";
+  }
+}
+
 struct Attributes {
   size_t shared = kPortableShared;
   bool large_clusters = false;
@@ -114,6 +134,8 @@ namespace emulated {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
                    std::function<void()> kernel) {
+  const cudaError_t chosen = chosen_error();
+  if (chosen != cudaSuccess) return report(chosen, words_of(chosen));
   const dim3 grid = config.gridDim, block = config.blockDim;
   dim3 cluster;
   for (unsigned i = 0; i < config.numAttrs; ++i) {

@@ -1,0 +1,97 @@
+"""What a CUDA kernel that cannot be launched says: the op, the device, the shapes, what to do.
+
+In the emulator, whose runtime fails as it is told (SMA_EMULATED_ERROR).
+"""
+
+import emulation
+import pytest
+import torch
+
+import sma_fast
+from sma_fast import _dispatch, _native
+from sma_fast.testing import CASES, call
+
+OPS = {  # a case, and what the error says of its shapes
+    "attention_scores": (
+        "15 selected",
+        r"query \(2, 2, 20, 8\), key \(2, 2, 12, 8\), of which 15 queries are selected",
+    ),
+    "select_tokens": ("1000 tokens", r"scores \(3, 1000\)"),
+    "gather_tokens": ("any ids", r"tokens \(3, 12\) of 20 bytes, ids \(3, 7\)"),
+    "restore_tokens": ("mask token", r"visible \(3, 7\) of 20 bytes, ids_restore \(3, 12\)"),
+    "self_guided_masking": (
+        "index given",
+        r"query \(2, 2, 5, 8\), key \(2, 2, 12, 8\), of which 3 queries are selected, "
+        r"1 tensors of tokens",
+    ),
+}
+ERRORS = {  # CUDA's number, its words, and what to do
+    "built for other GPUs": (209, "no kernel image", "set SMA_FAST_CUDA_ARCHS to .* install again"),
+    "driver too old": (35, "driver version is insufficient", "update the driver"),
+    "PTX too new for the driver": (222, "unsupported toolchain", "update the driver"),
+    "out of memory": (2, "out of memory", "Free memory on this GPU, or take a smaller batch"),
+}
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch):
+    """Answers every call of an op with its CUDA kernel, in the emulator."""
+    if reason := emulation.why_missing("gather_tokens"):
+        pytest.skip(reason)
+    emulation.use(monkeypatch)
+    find = _dispatch.implementation
+
+    def implementation(backend: str, op: str, device_type: str):
+        return _native._OPS[op] if backend == "cuda" else find(backend, op, device_type)
+
+    monkeypatch.setattr(_dispatch, "implementation", implementation)
+    _dispatch._choose.cache_clear()
+    with sma_fast.use_backend("cuda"):
+        yield
+    _dispatch._choose.cache_clear()
+
+
+def inputs_of(op: str) -> dict:
+    return next(case for case in CASES[op] if case.name == OPS[op][0]).build()
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_launch_that_fails(emulated, monkeypatch, op, name):
+    number, words, advice = ERRORS[name]
+    monkeypatch.setenv("SMA_EMULATED_ERROR", str(number))
+    said = rf"^sma_fast\.{op} on CUDA device 0, {OPS[op][1]}: .*{words}.*\. .*{advice}"
+    with pytest.raises(RuntimeError, match=said):
+        call(op, inputs_of(op))
+    monkeypatch.delenv("SMA_EMULATED_ERROR")
+    call(op, inputs_of(op))  # the next one is not burdened
+
+
+def test_an_error_without_advice(emulated, monkeypatch):
+    monkeypatch.setenv("SMA_EMULATED_ERROR", "719")
+    with pytest.raises(RuntimeError, match=r"select_tokens on CUDA device 0.*that was chosen$"):
+        call("select_tokens", inputs_of("select_tokens"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_device_that_is_not_there(emulated, monkeypatch, op):
+    monkeypatch.setattr(_native, "_where", lambda x: (1, 0))
+    said = rf"^sma_fast\.{op} on CUDA device 1, {OPS[op][1]}: .*device 1 of 1"
+    with pytest.raises(RuntimeError, match=said):
+        call(op, inputs_of(op))
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_batch_in_turns_ends_with_the_first_error(emulated, monkeypatch, name):
+    """Queries too many for one launch: the launches behind the one that failed are left out."""
+    monkeypatch.setenv("SMA_EMULATED_ERROR", str(ERRORS[name][0]))
+    query, key = torch.randn(1, 1, 4200, 4), torch.randn(1, 1, 40, 4)
+    with pytest.raises(RuntimeError, match=rf"^sma_fast\.attention_scores .*{ERRORS[name][1]}"):
+        sma_fast.attention_scores(query, key)
+
+
+def test_heads_too_wide_for_shared_memory(emulated):
+    """Refused before a launch, with what to do."""
+    wide = torch.zeros(1, 1, 2, 40_000)
+    with pytest.raises(RuntimeError, match="too wide for this GPU's shared memory. Use the back"):
+        sma_fast.attention_scores(wide, wide)
