@@ -400,6 +400,13 @@ def test_transformers_weights_that_do_not_fit() -> None:
         MAEConfig.from_hugging_face({"hidden_dropout_prob": 0.1})
 
 
+@pytest.mark.usefixtures("transformers")
+def test_transformers_defaults() -> None:
+    expected = MAEConfig.from_hugging_face(ViTMAEConfig())
+    assert MAEConfig.from_hugging_face({"model_type": "vit_mae"}) == expected
+    assert expected == MAEConfig(layer_norm_eps=1e-12)
+
+
 # Wrong arguments
 
 

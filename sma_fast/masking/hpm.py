@@ -56,9 +56,9 @@ class HPMMasking(nn.Module):
             nn.LayerNorm(width),
             nn.Linear(width, hidden_width),
             nn.GELU(),
-            nn.Linear(hidden_width, 1),
+            nn.Linear(hidden_width, 1, bias=False),  # a bias changes no order
         )
-        self._predicted: Tensor | None = None  # (B, N), by the last call
+        self._embeddings: Tensor | None = None  # (B, N, C), of the last call
 
     def share(self, progress: float) -> float:
         """Returns the share of the masked patches that the prediction chooses.
@@ -92,14 +92,13 @@ class HPMMasking(nn.Module):
         """
         random_fraction = 1 - self.share(progress)
         with torch.no_grad():
-            embeddings = model.embeddings(pixels, self.layer)  # (B, N, C)
-        self._predicted = self.predictor(embeddings).squeeze(2)  # (B, N)
-        return ops.select_tokens(
-            self._predicted.detach(),
-            num_masked=number_for(model, self.mask_ratio),
-            random_fraction=random_fraction,
-            generator=generator,
-        )
+            self._embeddings = model.embeddings(pixels, self.layer)  # (B, N, C)
+            return ops.select_tokens(
+                self.predictor(self._embeddings).squeeze(2),  # (B, N)
+                num_masked=number_for(model, self.mask_ratio),
+                random_fraction=random_fraction,
+                generator=generator,
+            )
 
     def loss(self, output: Any) -> Tensor:
         """Returns the predictor's loss, of the pictures that the last call masked.
@@ -113,36 +112,36 @@ class HPMMasking(nn.Module):
         Raises:
             ValueError: naming `output`, where it belongs to no call.
         """
-        predicted, self._predicted = self._predicted, None
-        if predicted is None or predicted.shape != output.mask.shape:
-            given = "none" if predicted is None else f"one of {tuple(predicted.shape)}"
+        embeddings, self._embeddings = self._embeddings, None
+        if embeddings is None or embeddings.shape[:2] != output.mask.shape:
+            given = "none" if embeddings is None else f"one of {tuple(embeddings.shape[:2])}"
             raise ValueError(
                 f"output: is of {tuple(output.mask.shape)} patches after a mask for {given}, "
                 "allowed is what the model made of the last mask"
             )
-        return ranking_loss(predicted, output.patch_loss, output.ids_masked)
+        ids = output.ids_masked  # (B, K)
+        predicted = self.predictor(ops.gather_tokens(embeddings, ids)).squeeze(2)
+        return ranking_loss(predicted, ops.gather_tokens(output.patch_loss, ids), ids >= 0)
 
 
-def ranking_loss(predicted: Tensor, patch_loss: Tensor, ids_masked: Tensor) -> Tensor:
-    """Returns how badly `predicted` orders the masked patches of each picture by their loss.
+def ranking_loss(predicted: Tensor, patch_loss: Tensor, real: Tensor) -> Tensor:
+    """Returns how badly `predicted` orders the patches of each picture by their loss.
 
-    Over all pairs of masked patches with different losses, the mean of
+    Over all pairs of patches with different losses, the mean of
     -log sigmoid(predicted of the worse - predicted of the better).
 
     Args:
-        predicted: (B, N).
-        patch_loss: (B, N); no gradient reaches it.
-        ids_masked: (B, K) int64, -1 behind a row's own number.
+        predicted: (B, K), of the masked patches.
+        patch_loss: (B, K), of the same; no gradient reaches it.
+        real: (B, K) bool, False where a row has no patch.
 
     Returns:
         Scalar float32; 0 where there is no such pair.
 
     Source: Hard Patches Mining for Masked Image Modeling (arXiv 2304.05919), section 3.
     """
-    predicted = ops.gather_tokens(predicted.float(), ids_masked)  # (B, K)
-    target = ops.gather_tokens(patch_loss.detach().float(), ids_masked)
-    real = ids_masked >= 0
-    worse = target[:, :, None] > target[:, None, :]  # (B, K, K); each pair once
+    predicted, patch_loss = predicted.float(), patch_loss.detach().float()
+    worse = patch_loss[:, :, None] > patch_loss[:, None, :]  # (B, K, K); each pair once
     worse = worse & real[:, :, None] & real[:, None, :]
     each = F.softplus(predicted[:, None, :] - predicted[:, :, None])
     return torch.where(worse, each, 0.0).sum() / worse.sum().clamp(min=1)

@@ -31,7 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mae-base": {},
     "mae-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
-_NONE_OF = ("hidden_dropout_prob", "attention_probs_dropout_prob")  # settings that must be 0
+# transformers' defaults that differ, for a config.json that leaves them out
+_THEIRS = {"layer_norm_eps": 1e-12, "intermediate_size": 3072, "decoder_intermediate_size": 2048}
+_FIXED = {"hidden_act": "gelu", "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
 
 
 @dataclasses.dataclass
@@ -160,9 +162,8 @@ class MAEConfig:
             TypeError, ValueError: naming the field, for settings that this model does not have.
         """
         given = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        for name, allowed in (("hidden_act", "gelu"), *((name, 0) for name in _NONE_OF)):
+        for name, allowed in _FIXED.items():
             if given.get(name, allowed) != allowed:
                 raise ValueError(f"{name}: got {given[name]!r}, allowed is {allowed!r}")
-        defaults = {"layer_norm_eps": 1e-12}  # what transformers leaves out of a config.json
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**(defaults | {name: given[name] for name in names & given.keys()}))
+        return cls(**(_THEIRS | {name: given[name] for name in names & given.keys()}))
