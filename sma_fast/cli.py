@@ -13,6 +13,7 @@ import sma_fast
 from sma_fast import _dispatch
 
 _DEMO_NEEDS = ("transformers", "accelerate", "sklearn", "matplotlib")
+_MASKS = ("guided", "random", "selfmae", "attmask", "attmask-hint", "hpm")
 _STAGES = 4  # of sma_fast.training.callbacks, which is not imported for a help text
 _RESULT = "The folder of --out then holds the model, results.json and the last checkpoints."
 _TRAIN_NEEDS = ("transformers", "accelerate", "datasets", "sklearn", "safetensors")
@@ -71,10 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _data_arguments(pretrain)
     _train_arguments(pretrain)
     pretrain.add_argument(
+        "--model",
+        dest="kind",
+        choices=("sma", "mae"),
+        default="sma",
+        help="mae: a masked autoencoder of pictures, over patches (default: %(default)s)",
+    )
+    pretrain.add_argument(
         "--mask",
-        choices=("guided", "random"),
-        default="guided",
-        help="which tokens are hidden (default: %(default)s)",
+        choices=_MASKS,
+        metavar="MASK",
+        help="which tokens are hidden: guided or random; with --model mae selfmae, random, "
+        "attmask, attmask-hint or hpm (default: the first)",
+    )
+    pretrain.add_argument(
+        "--augment",
+        choices=("flip", "crop", "none"),
+        help="of pictures with --model mae; crop is MAE's, and flips too (default: flip)",
     )
 
     finetune = commands.add_parser(
@@ -207,6 +221,10 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--resize", metavar="FILTER", help="bring pictures to --size")
     data.add_argument("--size", nargs=2, type=_positive, metavar=("H", "W"), help="of pictures")
+    if parser.prog.split()[-1] != "show":
+        data.add_argument(
+            "--skip-damaged", action="store_true", help="leave damaged pictures out, and count them"
+        )
     data.add_argument("--cache", metavar="DIR", help="folder of converted files")
 
 
@@ -217,7 +235,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     train.add_argument(
         "--preset",
-        help="protein, molecule, physics, language or image (default: that of --from, or language)",
+        help="protein, molecule, physics, language or image (default: that of --from, or "
+        "language); with --model mae: mae-32, mae-tiny, mae-base or mae-large (default: mae-32)",
     )
     train.add_argument(
         "--scale", help="full, or small for two cores (default: that of --from, or full)"
@@ -229,7 +248,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         dest="model",
         default=[],
         metavar="FIELD=VALUE",
-        help="fields of SMAConfig, e.g. num_latents=64",
+        help="fields of SMAConfig, or MAEConfig, e.g. num_latents=64",
     )
     train.add_argument(
         "--set-mask",
@@ -238,7 +257,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         dest="masking",
         default=[],
         metavar="FIELD=VALUE",
-        help="fields of SMAMasking, e.g. mask_ratio=0.2",
+        help="fields of SMAMasking, or of the policy, e.g. mask_ratio=0.2",
     )
     train.add_argument("--epochs", type=float, metavar="X", help="passes over the data")
     train.add_argument("--steps", type=_positive, metavar="N", help="optimiser steps, not --epochs")
@@ -307,12 +326,15 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     def of(kind: type) -> Any:
         return kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given})
 
-    if options.command in ("pretrain", "finetune"):
-        chosen = {"preset": "language", "scale": "full"}
+    mae = given.get("kind") == "mae"
+    chosen = {"preset": "mae-32" if mae else "language", "scale": "full"}
+    if options.command == "pretrain":
+        chosen["mask"] = "selfmae" if mae else "guided"
+    try:
         if given.get("pretrained"):
             chosen |= preset_of(options.pretrained)
-        given.update({name: given[name] or value for name, value in chosen.items()})
-    try:
+        if options.command in ("pretrain", "finetune"):
+            given.update({name: given[name] or value for name, value in chosen.items()})
         data = of(DataOptions)
         if options.command == "show":
             from sma_fast.training.show import show

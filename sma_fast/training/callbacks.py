@@ -115,9 +115,11 @@ class Annealing(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         progress = state.global_step / max(state.max_steps, 1)
-        if self.staged:
-            progress = stage(progress, self.model.config.masking)
+        masking = getattr(self.model.config, "masking", None)  # policies of pictures: not compiled
+        if self.staged and masking is not None:
+            progress = stage(progress, masking)
         self.model.progress = progress
+        self.model.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         # a resumed run does not know the losses since the last log entry

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from sma_fast.models import SMAConfig
+from sma_fast.models import MAEConfig, SMAConfig
 from sma_fast.training.checkpoints import CheckpointError
 from sma_fast.training.data import (
     ByColumn,
@@ -186,7 +186,7 @@ def fit_inputs(
     encoding: str,
     train: datasets.Dataset,
     data: DataOptions,
-    config: SMAConfig,
+    config: SMAConfig | MAEConfig,
     labels: tuple[str, ...] = (),
 ) -> Inputs:
     """Returns the encoding of inputs, with mean and standard deviation of the train part.
@@ -205,12 +205,18 @@ def fit_inputs(
         raise RunError(f"labels: got {', '.join(both)}, which --input names as an input too")
     if encoding == "table":
         return TableColumns.fit(train, data.inputs, sorted(left_out))
-    column = one_column(data) or _only_column(encoding, train, left_out)
+    column = one_column(data) or only_column(encoding, train, left_out)
     if encoding == "bytes":
         return ByteSequences(column, config.max_position_embeddings, data.too_long, data.alphabet)
-    return Pictures.fit(
-        train, column, size=data.size, channels=config.input_channels, resize=data.resize
-    )
+    size, channels = data.size, getattr(config, "input_channels", None)
+    if isinstance(config, MAEConfig):
+        size, channels = (config.image_size, config.image_size), config.num_channels
+        if data.size not in (None, size):
+            raise RunError(
+                f"size: got {data.size}, allowed is {size}, that of the model: change it with "
+                "--set image_size=..."
+            )
+    return Pictures.fit(train, column, size=size, channels=channels, resize=data.resize)
 
 
 def check_options(kind: type, data: DataOptions) -> None:
@@ -228,6 +234,7 @@ def check_options(kind: type, data: DataOptions) -> None:
         "too_long": (data.too_long != "error", ByteSequences, "sequences"),
         "resize": (data.resize is not None, Pictures, "pictures"),
         "size": (data.size is not None, Pictures, "pictures"),
+        "skip_damaged": (data.skip_damaged, Pictures, "pictures"),
     }
     for name in ("min_length", "max_length"):
         given[name] = (getattr(data, name) is not None, ByteSequences, "sequences")
@@ -299,7 +306,17 @@ def rows_to_read(data: DataOptions) -> datasets.Dataset:
     return parts["train"]
 
 
-def _only_column(encoding: str, train: datasets.Dataset, left_out: set[str]) -> str:
+def only_column(encoding: str, train: datasets.Dataset, left_out: set[str]) -> str:
+    """Returns the column that sequences or pictures stand in where none was named.
+
+    Args:
+        encoding: a name of `ENCODINGS`.
+        train: rows.
+        left_out: columns that it cannot be.
+
+    Raises:
+        DataError: where there are several; lists them.
+    """
     names = [name for name in train.column_names if name not in left_out]
     if encoding == "pictures" and "image" in names:
         return "image"

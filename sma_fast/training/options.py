@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from sma_fast.models import SMAConfig
+from sma_fast.models import MAEConfig, SMAConfig
 from sma_fast.training.data.sequences import VOCABULARY
+from sma_fast.training.mae_presets import AUGMENTATIONS, MASKS, mae_policy, mae_preset
 from sma_fast.training.presets import Preset, Schedule, preset
 
 TASKS = {
@@ -51,7 +52,9 @@ class DataOptions:
         alphabet: the only characters that sequences may hold. Default: any.
         exclude: columns of a table that are no inputs, such as labels of a later task.
         resize: filter that brings pictures to `size`.
-        size: height and width of pictures. Default: that of the first one, which all must have.
+        size: height and width of pictures. Default: that of the first one, which all must have; of
+            a masked autoencoder its own.
+        skip_damaged: whether damaged pictures are left out, and counted, not refused.
         cache: folder of converted files.
     """
 
@@ -73,6 +76,7 @@ class DataOptions:
     exclude: tuple[str, ...] | None = None
     resize: str | None = None
     size: tuple[int, int] | None = None
+    skip_damaged: bool = False
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -107,13 +111,17 @@ class TrainOptions:
 
     Attributes:
         out: folder for checkpoints, the model and results.
-        preset, scale: see `sma_fast.training.presets`.
-        mask: "guided" or "random", for pretraining.
-        model, masking: fields of SMAConfig and SMAMasking that differ from the preset.
+        kind: "sma", or "mae" for a masked autoencoder of pictures, in pretraining.
+        preset, scale: see `sma_fast.training.presets` and `mae_presets`.
+        mask: for pretraining: "guided" or "random"; of "mae" one of `mae_presets.MASKS`.
+        model, masking: fields of SMAConfig and SMAMasking, or MAEConfig and the policy, that differ
+            from the preset.
+        augment: of "mae", see `sma_fast.training.mae`. Default: "flip".
         epochs: passes over the train part, above 0.
         steps: optimiser steps, at least 1; takes the place of `epochs`.
         batch_size: rows of a step, over all processes and accumulated batches.
-        learning_rate: at its peak, above 0.
+        learning_rate: at its peak, above 0. Default: the preset's; of "mae" in proportion to the
+            batch.
         weight_decay: of AdamW, at least 0.
         warmup_steps: over which the learning rate rises, at least 0. Default: the preset's, at most
             a fifth of the run.
@@ -134,11 +142,13 @@ class TrainOptions:
     """
 
     out: Path
+    kind: str = "sma"
     preset: str = "language"
     scale: str = "full"
     mask: str = "guided"
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     masking: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    augment: str | None = None
     epochs: float | None = None
     steps: int | None = None
     batch_size: int | None = None
@@ -175,8 +185,18 @@ class TrainOptions:
                 raise ValueError(f"{name}: got {value}, allowed is at least 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: got {self.seed}, allowed is [0, 2^32)")
-        if self.mask not in ("guided", "random"):
-            raise ValueError(f"mask: got {self.mask!r}, allowed is guided, random")
+        if self.kind not in ("sma", "mae"):
+            raise ValueError(f"kind: got {self.kind!r}, allowed is sma, mae")
+        masks = MASKS if self.kind == "mae" else ("guided", "random")
+        if self.mask not in masks:
+            raise ValueError(
+                f"mask: got {self.mask!r}, allowed is {', '.join(masks)} with --model {self.kind}"
+            )
+        if self.augment is not None and (self.kind != "mae" or self.augment not in AUGMENTATIONS):
+            raise ValueError(
+                f"augment: got {self.augment!r}, allowed is {', '.join(AUGMENTATIONS)}, with "
+                "--model mae only"
+            )
         if self.scheduler not in (None, "cosine", "constant", "linear"):
             raise ValueError(
                 f"scheduler: got {self.scheduler!r}, allowed is cosine, constant, linear"
@@ -189,7 +209,7 @@ class TrainOptions:
         Raises:
             ValueError: for an unknown one.
         """
-        return preset(self.preset, self.scale)
+        return (mae_preset if self.kind == "mae" else preset)(self.preset, self.scale)
 
     def check(self) -> None:
         """Refuses options that do not go together, by themselves and with the preset.
@@ -197,6 +217,11 @@ class TrainOptions:
         Raises:
             ValueError: naming the option, what was given and what is allowed.
         """
+        if self.kind == "mae":
+            mae_policy(self.mask, self.config(), self.masking)
+            if self.fsdp:
+                raise ValueError(f"fsdp: got {self.fsdp!r}, allowed is none with --model mae")
+            return
         for name, instead in _NOT_HERE.items():
             if name in self.model:
                 raise ValueError(f"{name}: got {self.model[name]!r} in model, allowed is {instead}")
@@ -230,7 +255,7 @@ class TrainOptions:
         if self.mask == "guided" and config.encoder_type == "cross_attention":
             config.masking.count_queries(config.max_position_embeddings, config.num_latents)
 
-    def config(self, changes: Mapping[str, Any] | None = None) -> SMAConfig:
+    def config(self, changes: Mapping[str, Any] | None = None) -> SMAConfig | MAEConfig:
         """Returns the config of a new model.
 
         Args:
@@ -239,7 +264,9 @@ class TrainOptions:
         Raises:
             ValueError: for unknown fields and those that do not go together.
         """
-        masking = {**self.masking, "mask": self.mask}
+        masking = dict(self.masking)
+        if self.kind == "sma":
+            masking["mask"] = self.mask
         try:
             return self.start().config({**(changes or {}), **self.model}, masking)
         except TypeError as error:
@@ -251,8 +278,12 @@ class TrainOptions:
         changes = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(Schedule)
-            if getattr(self, field.name) is not None
+            if getattr(self, field.name, None) is not None
         }
+        if self.warmup_steps is not None:
+            changes["warmup_share"] = None
+        if self.kind == "mae" and self.batch_size and self.learning_rate is None:
+            changes["learning_rate"] = chosen.learning_rate * self.batch_size / chosen.batch_size
         return dataclasses.replace(chosen, **changes)
 
 

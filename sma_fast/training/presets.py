@@ -27,6 +27,8 @@ class Schedule:
         warmup_steps: of the learning rate.
         epochs: passes over the data.
         scheduler: "cosine" or "linear" to 0, or "constant".
+        warmup_share: of the run, instead of `warmup_steps`.
+        adam_beta2: of AdamW.
     """
 
     batch_size: int
@@ -35,6 +37,8 @@ class Schedule:
     warmup_steps: int
     epochs: float
     scheduler: str = "cosine"
+    warmup_share: float | None = None
+    adam_beta2: float = 0.999
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from sma_fast.models import SMAForPrediction, SMAForPretraining
+from sma_fast.models import MAEForPretraining, SMAForPrediction, SMAForPretraining
 from sma_fast.training import checkpoints
 from sma_fast.training.inputs import (
     DATA,
@@ -22,7 +22,9 @@ from sma_fast.training.options import DataOptions
 RUN = "run.json"  # what was asked for, in the folder of a run
 
 
-def load_model(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction:
+def load_model(
+    folder: Path, kind: type
+) -> SMAForPretraining | SMAForPrediction | MAEForPretraining:
     """Returns the model of a folder that training wrote: a run's, or one of its checkpoints.
 
     Raises:
@@ -43,11 +45,27 @@ def load_pretrained(folder: Path) -> tuple[SMAForPretraining, Inputs | None]:
     training began to write has to be whole.
 
     Raises:
-        CheckpointError: as `load_model`.
+        CheckpointError: as `load_model`, and where it is a masked autoencoder of pictures.
     """
+    _refuse_mae(folder)
     if only_saved(folder):
         return _loaded(folder, SMAForPretraining), None
     return load_model(folder, SMAForPretraining), Encodings.read(folder).inputs
+
+
+def holds_mae(folder: Path) -> bool:
+    """Returns whether a folder's config is that of a masked autoencoder of pictures."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return "patch_size" in json.loads((folder / "config.json").read_text())
+    return False
+
+
+def _refuse_mae(folder: Path) -> None:
+    if holds_mae(folder):
+        raise checkpoints.CheckpointError(
+            f"{folder}: holds a masked autoencoder of pictures (pretrain --model mae), allowed is "
+            "another model: finetune and show take none"
+        )
 
 
 def only_saved(folder: Path) -> bool:
@@ -83,7 +101,12 @@ def open_pretrained(
 
 
 def preset_of(folder: Path) -> dict[str, str]:
-    """Returns "preset" and "scale" of the run that a folder or checkpoint is of, {} if unknown."""
+    """Returns "preset" and "scale" of the run that a folder or checkpoint is of, {} if unknown.
+
+    Raises:
+        CheckpointError: for a masked autoencoder of pictures.
+    """
+    _refuse_mae(folder)
     for file in (folder / RUN, folder.parent / RUN):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             options = json.loads(file.read_text())["options"]
@@ -91,7 +114,7 @@ def preset_of(folder: Path) -> dict[str, str]:
     return {}
 
 
-def _loaded(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction:
+def _loaded(folder: Path, kind: type) -> SMAForPretraining | SMAForPrediction | MAEForPretraining:
     try:
         with contextlib.redirect_stdout(None):  # huggingface_hub says where it loads from
             return kind.from_pretrained(folder)

@@ -16,9 +16,11 @@ from typing import Any
 import datasets
 import torch
 
-from sma_fast.models import SMAConfig, SMAForPrediction, SMAForPretraining
+from sma_fast.masking.random import RandomMasking
+from sma_fast.models import MAEForPretraining, SMAConfig, SMAForPrediction, SMAForPretraining
 from sma_fast.training import checkpoints, metrics
 from sma_fast.training.callbacks import Curves
+from sma_fast.training.damaged import leave_out_damaged
 from sma_fast.training.data import Collator, Examples
 from sma_fast.training.extras import require
 from sma_fast.training.inputs import (
@@ -35,8 +37,11 @@ from sma_fast.training.inputs import (
     open_parts,
     rows_to_read,
 )
+from sma_fast.training.mae import MAETraining
+from sma_fast.training.mae_presets import mae_policy
 from sma_fast.training.options import TASKS, DataOptions, TrainOptions
 from sma_fast.training.pretrained import (
+    holds_mae,
     load_model,
     load_pretrained,
     only_saved,
@@ -69,15 +74,19 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
         raise RunError("patience: allowed in fine-tuning only: pretraining keeps its last weights")
     start = starting_point(options, data, "pretrain")
     parts = open_parts(data)
+    more = leave_out_damaged(parts, data)
     train = _train_part(parts, options, data)
     encodings = Encodings(fit_inputs(options.start().encoding, train, data, options.config()))
     examples = encoded(parts | {"train": train}, encodings)
     if start is not None:
         encodings.check_unchanged(start, examples)
     torch.manual_seed(options.seed)
-    model = SMAForPretraining(_config(options, encodings.inputs))
+    if options.kind == "mae":
+        model = _mae(options, examples["train"], start)
+    else:
+        model = SMAForPretraining(_config(options, encodings.inputs))
     trainer = _trainer(model, options, examples, encodings, finetuning=False)
-    return _train(trainer, options, encodings, start, {}, lambda: {})
+    return _train(trainer, options, encodings, start, more, lambda: {})
 
 
 def finetune(
@@ -111,6 +120,8 @@ def finetune(
     if options.tensorboard:
         require("tensorboard")
     options.check()
+    if options.kind != "sma":
+        raise RunError(f"kind: got {options.kind!r}, allowed is sma in fine-tuning")
     if options.masking:
         raise RunError("masking: allowed in pretraining only: fine-tuning masks nothing")
     check_options(ENCODINGS[options.start().encoding], data)
@@ -135,6 +146,7 @@ def finetune(
                 f"away: pretrain again with --exclude {' '.join(read)}"
             )
     parts = open_parts(data, labels)
+    more = leave_out_damaged(parts, data)
     train = _train_part(parts, options, data)
     if known is None:
         config = options.config() if source is None else source.config
@@ -162,7 +174,7 @@ def finetune(
         output = trainer.predict(examples["test"], metric_key_prefix="test")
         return {"test": metrics.scores(task, output.predictions, output.label_ids, encodings)}
 
-    return _train(trainer, options, encodings, start, {"task": task}, on_test)
+    return _train(trainer, options, encodings, start, {"task": task, **more}, on_test)
 
 
 def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str, Any]:
@@ -180,25 +192,32 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
     Raises:
         RunError, DataError, CheckpointError: saying what to do.
     """
-    known = None if only_saved(folder) else Encodings.read(folder)
-    if known is None or known.labels is None:
+    mae = holds_mae(folder)
+    known = None if only_saved(folder) and not mae else Encodings.read(folder)
+    if mae:
+        model = MAETraining(load_model(folder, MAEForPretraining), RandomMasking())
+        encodings = Encodings(known_inputs(known.inputs, data))
+        rows = rows_to_read(data)
+    elif known is None or known.labels is None:
         model, inputs, rows = open_pretrained(folder, data)
         encodings = Encodings(inputs)
     else:
         model = load_model(folder, SMAForPrediction)
         encodings = dataclasses.replace(known, inputs=known_inputs(known.inputs, data))
         rows = rows_to_read(data)
-    examples = encoded({"rows": rows}, encodings)
+    parts = {"rows": rows}
+    more = leave_out_damaged(parts, data)
+    examples = encoded(parts, encodings)
     with tempfile.TemporaryDirectory(prefix="sma_fast-") as scratch:  # the Trainer wants one
         arguments = training_arguments(
             Path(scratch), per_device_eval_batch_size=batch_size, disable_tqdm=True
         )
         trainer = SMATrainer(model, arguments, data_collator=Collator())
         if encodings.labels is None:
-            return _losses(trainer.evaluate(examples["rows"]))
+            return _losses(trainer.evaluate(examples["rows"])) | more
         output = trainer.predict(examples["rows"])
     task = {kind: task for task, kind in TASKS.items()}[model.config.problem_type]
-    return metrics.scores(task, output.predictions, output.label_ids, encodings)
+    return metrics.scores(task, output.predictions, output.label_ids, encodings) | more
 
 
 def _train_part(
@@ -210,6 +229,19 @@ def _train_part(
             f"{', '.join(parts)}): name it with --split-column and --parts train=VALUE"
         )
     return drawn_rows(parts["train"], options.limit_train, data.split_seed)
+
+
+def _mae(options: TrainOptions, train: Examples, start: Path | None) -> MAETraining:
+    masking = dict(options.masking)
+    if masking.get("table") is not None:
+        masking["table"] = str(options.out / masking["table"])
+    config = options.config()
+    model = MAEForPretraining(config)
+    policy = mae_policy(options.mask, config, masking, len(train))
+    training = MAETraining(model, policy, options.augment or "flip")
+    training.prepare_table(start)
+    train.numbered = masking.get("table") is not None
+    return training
 
 
 def _config(
@@ -251,7 +283,7 @@ def _check_size(config: SMAConfig, inputs: Inputs) -> None:
 
 
 def _trainer(
-    model: SMAForPretraining | SMAForPrediction,
+    model: SMAForPretraining | SMAForPrediction | MAETraining,
     options: TrainOptions,
     examples: Mapping[str, Examples],
     encodings: Encodings,
@@ -274,7 +306,9 @@ def _trainer(
     steps = options.steps or max(1, round(schedule.epochs * in_epoch))
     saving = min(options.save_steps or max(1, steps // 10), steps)
     warmup = schedule.warmup_steps
-    if options.warmup_steps is None:
+    if schedule.warmup_share is not None:
+        warmup = round(schedule.warmup_share * steps)
+    elif options.warmup_steps is None:
         warmup = min(warmup, steps // 5)  # the preset's is for longer runs
         if warmup < schedule.warmup_steps:
             say(f"warm-up: {warmup} steps, a fifth of the run, not {schedule.warmup_steps}")
@@ -286,6 +320,7 @@ def _trainer(
         "gradient_accumulation_steps": options.accumulate,
         "learning_rate": schedule.learning_rate,
         "weight_decay": schedule.weight_decay,
+        "adam_beta2": schedule.adam_beta2,
         "warmup_steps": warmup,
         "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(
             schedule.scheduler, schedule.scheduler

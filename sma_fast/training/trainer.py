@@ -148,6 +148,7 @@ class SMATrainer(Trainer):
         # a token of several channels is one token, which the Trainer does not know
         valid = inputs.get("attention_mask")
         tokens = inputs["inputs"].shape[:2].numel() if valid is None else int(valid.sum())
+        tokens //= getattr(self.unwrapped, "pixels_per_token", 1)
         number = torch.tensor(tokens, device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(number).sum())
 
@@ -317,12 +318,21 @@ def _seed(*words: int) -> int:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Loads model.safetensors of a checkpoint into `model`, all of it and nothing else.
 
+    Args:
+        model: one with `parts` has a file for each of them.
+        folder: of the checkpoint.
+
     Raises:
         CheckpointError: where the file is missing, damaged, or of another model.
     """
     with contextlib.suppress(AttributeError):  # torch.compile's wrapper
         model = model._orig_mod
-    file = folder / WEIGHTS
+    parts = model.parts() if hasattr(model, "parts") else {WEIGHTS: model}
+    for name, part in parts.items():
+        _load_file(part, folder / name)
+
+
+def _load_file(model: nn.Module, file: Path) -> None:
     try:
         safetensors.torch.load_model(model, file, strict=True)
     except FileNotFoundError:

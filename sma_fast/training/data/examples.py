@@ -33,6 +33,7 @@ class Examples(torch.utils.data.Dataset):
         *encodings: of inputs, and of labels where there are any.
 
     Attributes:
+        numbered: whether a sample has its own number, "index".
         checksum: CRC-32 of all encoded rows, None before `check`.
 
     Raises:
@@ -43,6 +44,7 @@ class Examples(torch.utils.data.Dataset):
         columns = [name for encoding in encodings for name in encoding.columns]
         self._rows = arrow(dataset, columns)
         self._encodings = encodings
+        self.numbered = False
         self.checksum: int | None = None
 
     def __len__(self) -> int:
@@ -56,6 +58,8 @@ class Examples(torch.utils.data.Dataset):
         """Returns samples, read and encoded together; a DataLoader asks this way."""
         # in one piece at once: each row is a chunk, and column by column takes five times as long
         fields = self._encode(self._rows[list(indices)].combine_chunks())
+        if self.numbered:
+            fields["index"] = np.asarray(indices)
         return [{name: values[i] for name, values in fields.items()} for i in range(len(indices))]
 
     def check(self) -> int:
@@ -113,7 +117,7 @@ class Collator:
         Returns:
             "inputs" (B, N) int64 or (B, N, channels) float32; "attention_mask" (B, N) int64, 1 is
             valid, left out where no sample was padded; "labels" where the samples have them, of
-            shape (B,) or (B, L).
+            shape (B,) or (B, L); so "index" (B,) int64.
         """
         rows = [np.asarray(sample["inputs"]) for sample in samples]
         lengths = np.array([len(row) for row in rows])
@@ -132,6 +136,8 @@ class Collator:
         if "labels" in samples[0]:
             labels = np.stack([np.asarray(sample["labels"]) for sample in samples])
             batch["labels"] = torch.from_numpy(labels)
+        if "index" in samples[0]:
+            batch["index"] = torch.tensor([int(sample["index"]) for sample in samples])
         return batch
 
 

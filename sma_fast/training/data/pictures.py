@@ -168,6 +168,31 @@ class Pictures:
         return cls(*(state[name] for name in names))
 
 
+def damaged(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, list[str]]:
+    """Returns which pictures cannot be read, and a message for each of these.
+
+    Args:
+        dataset: as `load` returns it.
+        column: with pictures.
+
+    Returns:
+        (len(dataset),) bool, and the messages.
+    """
+    found, messages = np.zeros(len(dataset), bool), []
+    begin = 0
+    for rows in batches(dataset, [column], 256):
+        if is_list(rows.column(column).type):
+            break  # of pixels
+        for row, (data, path) in enumerate(_files(rows, column)):
+            try:
+                _open(data, path, path or rows.place(row))
+            except DataError as error:
+                found[begin + row] = True
+                messages.append(str(error))
+        begin += len(rows)
+    return found, messages
+
+
 def _first_size(rows: Rows, column: str) -> tuple[int, int]:
     if is_list(rows.column(column).type):
         raise DataError(
@@ -203,5 +228,6 @@ def _open(data: bytes | None, path: str | None, place: str) -> Image.Image:
             return picture
     except Exception as error:  # each of PIL's formats raises its own
         raise DataError(
-            f"{place}: got no whole picture ({error}); replace the file or take it out"
+            f"{place}: got no whole picture ({error}); replace the file or take it out, or "
+            "leave such pictures out with --skip-damaged"
         ) from error

@@ -1,0 +1,121 @@
+"""What a masked autoencoder of pictures starts from: MAE's settings, and a size for two cores.
+
+Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), appendix A.1.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from sma_fast.masking import POLICIES, picture_policy
+from sma_fast.masking.selfmae import SelfMAEMasking
+from sma_fast.models import MAEConfig
+from sma_fast.training.presets import Preset, Schedule
+
+DEFAULT = "mae-32"
+MASKS = ("selfmae", *(name for name in POLICIES if name != "selfmae"))
+AUGMENTATIONS = ("flip", "crop", "none")
+_NOT_HERE = {  # arguments of policies that something else decides
+    "kind": "--mask attmask or attmask-hint",
+    "width": "the model's",
+    "pictures": "as many as the train part has",
+}
+# MAE's 1.5e-4 for each 256 pictures of a step, and 40 of 800 epochs of warm-up
+_PUBLISHED = Schedule(4096, 2.4e-3, 0.05, 0, 800, warmup_share=0.05, adam_beta2=0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class MAEPreset(Preset):
+    """One size of the model, with its schedule."""
+
+    def config(self, changes: Mapping[str, Any], masking: Mapping[str, Any]) -> MAEConfig:
+        """Returns the model's config.
+
+        Args:
+            changes: fields of MAEConfig that differ.
+            masking: arguments of the policy, of which `mask_ratio` is the model's.
+
+        Raises:
+            TypeError, ValueError: for unknown fields, and values that do not go together.
+        """
+        changes = dict(changes)
+        if masking.get("mask_ratio") is not None:
+            ratio = masking["mask_ratio"]
+            if changes.setdefault("mask_ratio", ratio) != ratio:
+                raise ValueError(
+                    f"mask_ratio: got {changes['mask_ratio']} of the model and {ratio} of the "
+                    "mask, allowed is one of them"
+                )
+        return MAEConfig.preset(self.model["name"], **changes)
+
+
+def _preset(name: str, schedule: Schedule) -> MAEPreset:
+    return MAEPreset("pictures", {"name": name}, {}, schedule, schedule)
+
+
+MAE_PRESETS = {
+    "mae-32": _preset(  # (chosen), for two cores
+        "mae-32", dataclasses.replace(_PUBLISHED, batch_size=256, learning_rate=1.5e-3, epochs=50)
+    ),
+    "mae-tiny": _preset("mae-tiny", _PUBLISHED),
+    "mae-base": _preset("mae-base", _PUBLISHED),
+    "mae-large": _preset("mae-large", _PUBLISHED),
+}
+
+
+def mae_preset(name: str, scale: str = "full") -> MAEPreset:
+    """Returns a preset.
+
+    Raises:
+        ValueError: for an unknown name, and for a scale: names are sizes.
+    """
+    if name not in MAE_PRESETS:
+        raise ValueError(
+            f"preset: got {name!r}, allowed is {', '.join(MAE_PRESETS)} with --model mae"
+        )
+    if scale != "full":
+        raise ValueError(f"scale: got {scale!r}, allowed is full with --model mae: take mae-32")
+    return MAE_PRESETS[name]
+
+
+def mae_policy(
+    mask: str, config: MAEConfig, arguments: Mapping[str, Any], pictures: int | None = None
+) -> Any:
+    """Returns what decides which patches are masked in training.
+
+    Args:
+        mask: one of `MASKS`.
+        config: of the model.
+        arguments: of the policy's class; `mask_ratio` is taken from `config`.
+        pictures: of the train part, for a table of scores. Default: not known yet.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is allowed.
+    """
+    for name, instead in _NOT_HERE.items():
+        if name in arguments:
+            raise ValueError(f"{name}: got {arguments[name]!r} in masking, allowed is {instead}")
+    given = {name: value for name, value in arguments.items() if name != "mask_ratio"}
+    try:
+        if mask == "selfmae":
+            _check_names(SelfMAEMasking, given)
+            if given.get("table") is not None:
+                given["pictures"] = pictures or 1
+            policy = SelfMAEMasking(**given)
+        else:
+            policy = picture_policy(mask, config, **given)
+    except TypeError as error:
+        raise ValueError(f"options of mask {mask!r}: {error}") from None
+    layer, depth = getattr(policy, "layer", -1), config.num_hidden_layers
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
+        raise ValueError(f"layer: got {layer!r}, allowed is an int in [{-depth}, {depth - 1}]")
+    return policy
+
+
+def _check_names(kind: type, given: Mapping[str, Any]) -> None:
+    # before anything is made of the values
+    allowed = [n for n in inspect.signature(kind).parameters if n not in _NOT_HERE]
+    for name in given:
+        if name not in allowed:
+            raise TypeError(f"got {name!r}, allowed is {', '.join(allowed)}")
