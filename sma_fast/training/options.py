@@ -134,6 +134,7 @@ class TrainOptions:
         gradient_checkpointing: computes activations again in the backward pass.
         fsdp: mode of transformers.TrainingArguments, on GPUs under torchrun.
         save_steps: steps between checkpoints, and validations. Default: ten in a run.
+        keep_checkpoints: all of them, not only the last two and the best one.
         resume: go on from the newest whole checkpoint in `out`.
         tensorboard: write curves.
         patience: validations without a better one after which fine-tuning stops. Default: never.
@@ -164,6 +165,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     fsdp: str | None = None
     save_steps: int | None = None
+    keep_checkpoints: bool = False
     resume: bool = False
     tensorboard: bool = False
     patience: int | None = None

@@ -362,6 +362,7 @@ def _trainer(
         train_dataset=examples["train"],
         eval_dataset=examples.get("valid"),
         callbacks=callbacks,
+        keep_checkpoints=options.keep_checkpoints,
         save_beside=lambda folder: encodings.save(folder, examples),
         title="fine-tuning" if finetuning else f"pretraining, {options.mask} masks",
     )

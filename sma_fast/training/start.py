@@ -86,7 +86,15 @@ def _read_run(file: Path) -> dict[str, Any]:
 
 def _plain(options: TrainOptions | DataOptions) -> dict[str, Any]:
     fields = dataclasses.asdict(options)
-    for name in ("resume", "progress_bar", "workers", "tensorboard", "cache", "out"):
+    for name in (
+        "resume",
+        "progress_bar",
+        "workers",
+        "tensorboard",
+        "cache",
+        "out",
+        "keep_checkpoints",
+    ):
         fields.pop(name, None)  # a resumed run may differ in these
     return fields
 

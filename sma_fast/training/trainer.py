@@ -46,6 +46,7 @@ class SMATrainer(Trainer):
     Args:
         save_beside: called with the folder of each checkpoint, to put more files there.
         title: of the progress bar.
+        keep_checkpoints: all of them, not only the last two and the best one.
         arguments: of transformers.Trainer.
     """
 
@@ -54,12 +55,13 @@ class SMATrainer(Trainer):
         *arguments: object,
         save_beside: Callable[[Path], object] | None = None,
         title: str = "",
+        keep_checkpoints: bool = False,
         **named: object,
     ) -> None:
         logging.set_verbosity_error()
         super().__init__(*arguments, **named)
         self._kind, self._config = type(self.model), getattr(self.model, "config", None)
-        self.save_beside = save_beside
+        self.save_beside, self.keep_checkpoints = save_beside, keep_checkpoints
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         self.add_callback(Speed())
@@ -277,7 +279,8 @@ class SMATrainer(Trainer):
         if self.is_world_process_zero():
             with checkpoints.writing(folder):
                 checkpoints.mark_complete(folder)
-            checkpoints.remove_old(run, self.state.best_global_step)
+            if not self.keep_checkpoints:
+                checkpoints.remove_old(run, self.state.best_global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
