@@ -82,13 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--mask",
         choices=_MASKS,
         metavar="MASK",
-        help="which tokens are hidden: guided or random; with --model mae selfmae, random, "
-        "attmask, attmask-hint or hpm (default: the first)",
+        help="which tokens are hidden: guided or random; of mae selfmae, random, attmask, "
+        "attmask-hint or hpm (default: the first)",
     )
     pretrain.add_argument(
         "--augment",
         choices=("flip", "crop", "none"),
-        help="of pictures with --model mae; crop is MAE's, and flips too (default: flip)",
+        help="of pictures, of mae only; crop is MAE's, and flips too (default: flip)",
     )
 
     finetune = commands.add_parser(
@@ -236,7 +236,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--preset",
         help="protein, molecule, physics, language or image (default: that of --from, or "
-        "language); with --model mae: mae-32, mae-tiny, mae-base or mae-large (default: mae-32)",
+        "language); of mae: mae-32, mae-tiny, mae-base or mae-large (default: mae-32)",
     )
     train.add_argument(
         "--scale", help="full, or small for two cores (default: that of --from, or full)"

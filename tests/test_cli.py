@@ -96,7 +96,7 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
 HELP_BELOW = (
     "--mask --split-column --parts --validation-share --input --too-long --set --set-mask "
     "--scheduler --gradient-checkpointing --label --task --split-seed --min-length --max-length "
-    "--columns --batch-size --learning-rate --weight-decay --warmup-steps --accumulate "
+    "--columns --augment --batch-size --learning-rate --weight-decay --warmup-steps --accumulate "
     "--limit-train --save-steps --test-share --format --validation --exclude --size --parts"
 ).split()
 
