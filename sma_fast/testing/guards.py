@@ -10,16 +10,16 @@ from torch.utils import _pytree as pytree
 
 from sma_fast.testing.comparisons import bits
 
-LAYOUTS = ("packed", "strided", "transposed", "expanded")
+LAYOUTS = ("packed", "aligned", "strided", "transposed", "expanded")
 
 
 def guarded(inputs: dict, layout: str) -> tuple[dict, Callable[[], None]]:
     """Returns the inputs as views into sentinel-filled buffers, and a check that nothing changed.
 
     The sentinels are NaN for floats and large numbers for integers, so that reading one shows too.
-    Layouts: "packed" (contiguous, at an odd offset), "strided" (every second element of every
-    dimension), "transposed" (dimensions stored in reverse), "expanded" (the first row for all, at
-    stride 0).
+    Layouts: "packed" (contiguous, at an odd offset), "aligned" (contiguous, where 16 bytes can be
+    read at once), "strided" (every second element of every dimension), "transposed" (dimensions
+    stored in reverse), "expanded" (the first row for all, at stride 0).
     """
     buffers = []
 
@@ -53,7 +53,8 @@ def _view_into_sentinels(x: Tensor, layout: str) -> tuple[Tensor, Tensor]:
         view = buffer[tuple(slice(1, 1 + n) for n in reversed(x.shape))]
         view = view.permute(*reversed(range(x.dim())))
     else:
+        first = 16 if layout == "aligned" else 17
         buffer = torch.full((x.numel() + 34,), sentinel, **new)
-        view = buffer[17 : 17 + x.numel()].view(x.shape)
+        view = buffer[first : first + x.numel()].view(x.shape)
     view.copy_(x.detach())
     return view, buffer

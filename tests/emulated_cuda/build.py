@@ -20,6 +20,11 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
 COMPILER = os.environ.get("CXX", "g++").split()
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", f"-I{HERE}"]
+# "address": AddressSanitizer. Python must then start with the compiler's libasan.so and
+# libstdc++.so, in this order, in LD_PRELOAD, and with ASAN_OPTIONS=detect_leaks=0:log_path=FILE
+SANITIZE = os.environ.get("SMA_EMULATED_SANITIZE")
+if SANITIZE:
+    FLAGS += [f"-fsanitize={SANITIZE}", "-g"]
 COMPILERS_AT_ONCE = 2
 
 
@@ -67,7 +72,7 @@ def shared_library(name: str, sources: dict[Path, list[str]], headers: list[Path
     ]
     with ThreadPoolExecutor(COMPILERS_AT_ONCE) as pool:
         list(pool.map(lambda both: make(*both), commands))
-    make([*COMPILER, "-shared", "-fopenmp", *map(str, objects)], library)
+    make([*COMPILER, *FLAGS, "-shared", *map(str, objects)], library)
     return library
 
 

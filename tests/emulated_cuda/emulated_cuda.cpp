@@ -2,6 +2,9 @@
 #include "scheduler.h"
 
 #include <sys/mman.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <algorithm>
 #include <cstdio>
@@ -23,7 +26,11 @@ Cluster cluster;
 
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__  // whose frames are larger
+constexpr size_t kStack = 512 << 10;
+#else
 constexpr size_t kStack = 64 << 10;
+#endif
 constexpr size_t kPage = 4096;
 constexpr size_t kSharedAlignment = 128;
 constexpr size_t kGuard = 1024;  // bytes behind the shared memory of a block
@@ -175,6 +182,9 @@ char* stack(size_t index) {
 void start_thread(Fiber& f, size_t index) {
   // stacks that begin at the same place in their pages would share few lines of the cache
   start_context(f.context, stack(index), kStack - index % 32 * 64, thread_main);
+#ifdef __SANITIZE_ADDRESS__  // the frames of the thread before it, which have not returned
+  __asan_unpoison_memory_region(stack(index) + kPage, kStack - kPage);
+#endif
   f.operation = nullptr;
   f.barrier = nullptr;
   f.copies.clear();
