@@ -224,11 +224,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   const int64_t sample = blockIdx.x / cluster_size();
   SampleScores<kWide>(a.attention, plan, sample, memory).run();
   if (!selects) return;
-  auto* const select = reinterpret_cast<SelectShared*>(memory);
-  auto* const keys = reinterpret_cast<uint32_t*>(select + 1);
-  SelectRow(a.select, sample, static_cast<unsigned>(plan.part), select, keys,
-            reinterpret_cast<uint8_t*>(keys + plan.part))
-      .run();
+  select_sample(a.select, sample, memory);
   for (int i = 0; i < a.num_gathers; ++i) gather_sample(a.gathers[i], sample);
 }
 
@@ -261,7 +257,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
          a.batch * plan.blocks * 2 * plan.warps <= limits.multiprocessors * int64_t{most_warps})
     plan.blocks *= 2;
   plan.part = (a.tokens + plan.blocks - 1) / plan.blocks;
-  const size_t selection = selects ? sizeof(SelectShared) + held_bytes(plan.part) : 0;
+  const size_t selection = selects ? select_sample_bytes(a.tokens) : 0;
   plan.shared_bytes = std::max(plan.memory.bytes(plan.warps) + extra, selection);
   plan.possible = true;
   return plan;
