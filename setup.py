@@ -46,8 +46,17 @@ def find_nvcc():
 
 def cuda_archs(nvcc):
     """80, 90a and the newest that this nvcc has, unless SMA_FAST_CUDA_ARCHS says otherwise."""
-    if os.environ.get("SMA_FAST_CUDA_ARCHS"):
-        return os.environ["SMA_FAST_CUDA_ARCHS"].replace(",", ";").split(";")
+    wish = os.environ.get("SMA_FAST_CUDA_ARCHS")
+    if wish:
+        archs = [arch.strip() for arch in wish.replace(",", ";").split(";")]
+        for arch in archs:
+            number = arch.removesuffix("a").removesuffix("f")
+            if not number.isdecimal() or int(number) < 80:
+                raise SystemExit(
+                    f"SMA_FAST_CUDA_ARCHS={wish!r}: {arch!r} is not one of compute capability 8.0 "
+                    "or more, as the kernels need. Name such as '80;90a', or unset it"
+                )
+        return archs
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
     known = sorted({int(code.removeprefix("sm_").rstrip("af")) for code in listed.stdout.split()})
     return ["80"] + ["90a"] * (90 in known) + [str(known[-1])]

@@ -71,3 +71,22 @@ def test_without_a_compiler(unpacked, tmp_path):
     assert not any(name.startswith("sma_fast/_C.") for name in names_in(wheel))
     with zipfile.ZipFile(wheel) as archive:
         assert b"no C++ compiler was found" in archive.read("sma_fast/_build.json")
+
+
+@pytest.mark.parametrize("archs", ["75", "80;75", "90a,sm_80", "80;"])
+def test_gpus_that_are_too_old_are_refused(archs, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"-t{tmp_path}"],
+        env=os.environ
+        | {"SMA_FAST_CUDA": "1", "SMA_FAST_CUDA_ARCHS": archs, "CUDA_HOME": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert f"SMA_FAST_CUDA_ARCHS={archs!r}: " in done.stderr
+    assert "compute capability 8.0 or more" in done.stderr

@@ -1,8 +1,8 @@
 // What is asked of each device once, and what CUDA's errors mean to a user.
 #include "device.h"
 
+#include <map>
 #include <mutex>
-#include <vector>
 
 namespace sma {
 namespace cuda {
@@ -10,24 +10,54 @@ namespace {
 
 __global__ void asked_kernel() {}
 
+// Whether so many blocks can run as a cluster, each with a multiprocessor of its own.
+bool can_cluster(const DeviceLimits& limits, unsigned blocks) {
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(1024);
+  config.dynamicSmemBytes = static_cast<size_t>(limits.shared_bytes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  const auto allow = [](cudaFuncAttribute attribute, int value) {
+    return cudaFuncSetAttribute(asked_kernel, attribute, value) == cudaSuccess;
+  };
+  int clusters = 0;
+  if (!allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ||
+      !allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes) ||
+      cudaOccupancyMaxActiveClusters(&clusters, asked_kernel, &config) != cudaSuccess)
+    cudaGetLastError();  // an answer too, and nobody else's error
+  return clusters > 0;
+}
+
+DeviceLimits ask(int device) {
+  DeviceLimits limits = {};
+  cudaFuncAttributes code = {};
+  cudaError_t& error = limits.error;
+  error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, asked_kernel);
+  limits.major = code.ptxVersion / 10;
+  if (error == cudaSuccess && limits.major == 9) limits.large_clusters = can_cluster(limits, 16);
+  return limits;
+}
+
 }  // namespace
 
-const DeviceLimits& limits_of(int device) {
+DeviceLimits limits_of(int device) {
   static std::mutex mutex;
-  static std::vector<DeviceLimits*> known;  // never freed: threads may hold them to the end
+  static std::map<int, DeviceLimits> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const size_t index = static_cast<size_t>(device);
-  if (known.size() <= index) known.resize(index + 1);
-  if (known[index] == nullptr) {
-    auto* limits = new DeviceLimits{1, 48 << 10, 0};
-    cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaFuncAttributes code = {};
-    if (cudaFuncGetAttributes(&code, asked_kernel) == cudaSuccess)
-      limits->major = code.ptxVersion / 10;
-    known[index] = limits;
-  }
-  return *known[index];
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const DeviceLimits limits = ask(device);
+  if (limits.error == cudaSuccess) known.emplace(device, limits);
+  return limits;
 }
 
 std::string error_text(int error) {
@@ -38,8 +68,8 @@ std::string error_text(int error) {
   std::string text = cudaGetErrorString(code);
   if (code == cudaErrorNoKernelImageForDevice)
     text +=
-        ". sma_fast was built for other GPUs: set SMA_FAST_CUDA_ARCHS to this one's compute "
-        "capability (such as 75) and install again, or use the backend triton";
+        ". sma_fast was built for other GPUs: if this one's compute capability is 8.0 or more, set "
+        "SMA_FAST_CUDA_ARCHS to it (such as 86) and install again; else use the backend triton";
   else if (code == cudaErrorInsufficientDriver || code == cudaErrorUnsupportedPtxVersion)
     text +=
         ". The driver is older than the nvcc that built sma_fast: update the driver, install "

@@ -108,7 +108,17 @@ struct Grid {
   unsigned threads;
   size_t shared_bytes = 0;
   unsigned cluster = 1;
+  bool prefers_shared = false;  // memory to L1: more blocks fit
 };
+
+// What a device has, asked once unless that fails. The major version is that of the code that runs
+// there: an older one than the device's where the driver compiled it from PTX.
+struct DeviceLimits {
+  int multiprocessors, shared_bytes, major;
+  bool large_clusters;  // of 16 blocks
+  cudaError_t error;
+};
+DeviceLimits limits_of(int device);
 
 // Makes the place's device the current one while it lives.
 class OnDevice {
@@ -119,6 +129,7 @@ class OnDevice {
       error_ = cudaSetDevice(place.device);
       changed_ = error_ == cudaSuccess;
     }
+    if (error_ == cudaSuccess) error_ = limits_of(place.device).error;
   }
   ~OnDevice() {
     if (changed_) cudaSetDevice(before_);
@@ -131,22 +142,19 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// What a device has, asked once. The major version is that of the code that runs there: an older
-// one than the device's where the driver compiled it from PTX.
-struct DeviceLimits {
-  int multiprocessors, shared_bytes, major;
-};
-const DeviceLimits& limits_of(int device);
-
 template <class... Params, class... Arguments>
 cudaError_t launch(void (*kernel)(Params...), const Grid& grid, const Place& place,
                    const Arguments&... arguments) {
-  if (grid.shared_bytes > (48 << 10)) {
+  cudaError_t error = cudaSuccess;
+  const auto allow = [&](cudaFuncAttribute attribute, int value) {
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
+  };
+  if (grid.shared_bytes > (48 << 10))
     // the most there is: another thread may launch the same kernel with more
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits_of(place.device).shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+    allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits_of(place.device).shared_bytes);
+  if (grid.prefers_shared) allow(cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+  if (grid.cluster > 8) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = grid.cluster;

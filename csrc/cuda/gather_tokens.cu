@@ -6,15 +6,27 @@ namespace sma {
 namespace cuda {
 namespace {
 
+// Where the rows of a whole batch come from.
+template <class Index>
+struct GatherSource : GatherRows {
+  int64_t batch_bytes;
+  Divisor<Index> sample;  // of a row
+
+  explicit GatherSource(const GatherTokensArgs& a)
+      : GatherRows(a, 0), batch_bytes(a.batch_bytes), sample(a.visible) {}
+
+  __device__ const char* row(Index row, int64_t id) const {
+    const char* from = GatherRows::row(row, id);
+    return from == nullptr ? nullptr : from + sample.quotient(row) * batch_bytes;
+  }
+};
+
 template <class Word, class Index>
 __global__ void __launch_bounds__(kCopyThreads)
-    gather_kernel(GatherSource from, const int64_t* ids, Index visible, Index row_words,
-                  Index words, Word* out) {
-  const Index begin = static_cast<Index>(blockIdx.x) * (kCopyThreads * kCopies);
-  const Index end = words - begin < kCopyThreads * kCopies ? words : begin + kCopyThreads * kCopies;
-  copy_rows<Word, Index>(out, row_words, begin, end, threadIdx.x, kCopyThreads, [&](Index row) {
-    return from.row(static_cast<int64_t>(row / visible), ids[row]);
-  });
+    gather_kernel(const __grid_constant__ GatherSource<Index> from,
+                  const __grid_constant__ Divisor<Index> row, Index row_words, Index words,
+                  Word* out) {
+  copy_rows(out, words_of_block(words, row_words, row), threadIdx.x, kCopyThreads, from);
 }
 
 }  // namespace
@@ -22,19 +34,15 @@ __global__ void __launch_bounds__(kCopyThreads)
 int gather_tokens(const GatherTokensArgs& a, const Place& place) {
   if (a.batch * a.visible == 0 || a.row_bytes == 0) return cudaSuccess;
   const OnDevice on(place);
-  cudaError_t error = on.error();
-  if (error != cudaSuccess) return error;
-  with_word(word_bits(a), [&](auto word) {
-    using Word = decltype(word);
-    const int64_t row_words = a.row_bytes / static_cast<int64_t>(sizeof(Word));
-    const int64_t words = a.batch * a.visible * row_words;
-    Word* const out = static_cast<Word*>(a.out);
-    error = words < kSmallCopy ? launch(gather_kernel<Word, uint32_t>, copy_grid(words), place,
-                                        GatherSource(a), a.ids, a.visible, row_words, words, out)
-                               : launch(gather_kernel<Word, uint64_t>, copy_grid(words), place,
-                                        GatherSource(a), a.ids, a.visible, row_words, words, out);
-  });
-  return error;
+  if (on.error() != cudaSuccess) return on.error();
+  return launch_copy(
+      word_bits(a), a.batch * a.visible, a.row_bytes,
+      [&](auto word, auto index, int64_t row_words, int64_t words, const Grid& grid) {
+        using Word = decltype(word);
+        using Index = decltype(index);
+        return launch(gather_kernel<Word, Index>, grid, place, GatherSource<Index>(a),
+                      Divisor<Index>(row_words), row_words, words, static_cast<Word*>(a.out));
+      });
 }
 
 }  // namespace cuda

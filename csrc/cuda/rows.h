@@ -1,6 +1,8 @@
 // Rows of tokens copied by many threads: 16 bytes each where addresses and sizes allow it, and
 // several on their way at once.
 #pragma once
+#include <type_traits>
+
 #include "../args.h"
 #include "device.h"
 
@@ -9,6 +11,9 @@ namespace cuda {
 
 constexpr int kCopies = 4;  // words that a thread has on their way
 constexpr unsigned kCopyThreads = 256;
+
+// 32-bit numbers are enough for this many words; one more step of a block must stay below 2^31.
+constexpr int64_t kSmallCopy = (int64_t{1} << 31) - 1024 * kCopies;
 
 __device__ inline uint4 load_word(const uint4* from) { return load_stream(from); }
 __device__ inline void store_word(uint4* to, uint4 word) { store_stream(to, word); }
@@ -21,53 +26,101 @@ __device__ inline void store_word(Word* to, Word word) {
   *to = word;
 }
 
-// Fills the words [begin, end) of `out`, whose rows of `row_words` lie in one piece, from the rows
-// that source(row) points to; null gives zeros. Every one of `threads` threads calls it.
+// Divides numbers below 2^31 by one that is known beforehand: a multiplication and a shift. With
+// 2^shift >= by, factor = 2^(31 + shift) / by, rounded up, is too large by less than 1, which is
+// less than 1 / by in the quotient.
+template <class Index>
+class Divisor {
+ public:
+  __host__ __device__ explicit Divisor(int64_t by) : shift(31) {
+    while ((int64_t{1} << (shift - 31)) < by) ++shift;
+    const uint64_t last = static_cast<uint64_t>(by) - 1;
+    factor = by == 0 ? 0 : static_cast<uint32_t>(((uint64_t{1} << shift) + last) / (last + 1));
+  }
+  __device__ uint32_t quotient(uint32_t x) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(x) * factor >> shift);
+  }
+
+ private:
+  uint32_t factor;
+  int shift;
+};
+template <>
+class Divisor<uint64_t> {
+ public:
+  __host__ __device__ explicit Divisor(int64_t by) : by(static_cast<uint64_t>(by)) {}
+  __device__ uint64_t quotient(uint64_t x) const { return x / by; }
+
+ private:
+  uint64_t by;
+};
+
+// The words [begin, end) of rows of `row_words` each that lie in one piece.
+template <class Index>
+struct Words {
+  Index row_words, begin, end;
+  Divisor<Index> row;  // by row_words
+};
+
+// Fills these words of `out` from the rows that source.row(row, source.id(row)) points to; null
+// gives zeros. Every one of `threads` threads calls it. All ids are sent for before the first is
+// waited for, and all rows before the first is stored.
 template <class Word, class Index, class Source>
-__device__ void copy_rows(Word* out, Index row_words, Index begin, Index end, Index thread,
-                          Index threads, const Source& source) {
-  for (Index first = begin + thread; first < end; first += threads * kCopies) {
+__device__ void copy_rows(Word* out, const Words<Index>& words, unsigned thread, unsigned threads,
+                          const Source& source) {
+  for (Index first = words.begin + thread; first < words.end; first += threads * kCopies) {
+    Index row[kCopies];
+    int64_t id[kCopies];
     Word word[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const Index at = first + i * threads;
-      word[i] = Word{};
-      if (at < end) {
-        const Index row = at / row_words;
-        const char* from = source(row);
-        if (from != nullptr)
-          word[i] = load_word(reinterpret_cast<const Word*>(from) + (at - row * row_words));
-      }
+      row[i] = words.row.quotient(first + i * threads);
+      id[i] = first + i * threads < words.end ? source.id(row[i]) : -1;
     }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const Index at = first + i * threads;
-      if (at < end) store_word(out + at, word[i]);
+      const char* from = source.row(row[i], id[i]);
+      word[i] = Word{};
+      if (from != nullptr)
+        word[i] = load_word(reinterpret_cast<const Word*>(from) +
+                            (first + i * threads - row[i] * words.row_words));
     }
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i)
+      if (first + i * threads < words.end) store_word(out + first + i * threads, word[i]);
   }
 }
 
-// Where the row of a gather comes from.
-struct GatherSource {
+// Where the rows of a sample's gather come from.
+struct GatherRows {
   const char* rows;
-  int64_t batch_bytes, token_bytes;
+  const int64_t* ids;
+  int64_t token_bytes;
   unsigned tokens;
 
-  __host__ __device__ explicit GatherSource(const GatherTokensArgs& a)
-      : rows(static_cast<const char*>(a.rows)),
-        batch_bytes(a.batch_bytes),
+  __host__ __device__ GatherRows(const GatherTokensArgs& a, int64_t sample)
+      : rows(static_cast<const char*>(a.rows) + sample * a.batch_bytes),
+        ids(a.ids + sample * a.visible),
         token_bytes(a.token_bytes),
         tokens(static_cast<unsigned>(a.tokens)) {}
 
-  __device__ const char* row(int64_t sample, int64_t id) const {
+  template <class Index>
+  __device__ int64_t id(Index row) const {
+    return ids[row];
+  }
+  template <class Index>
+  __device__ const char* row(Index, int64_t id) const {
     if (static_cast<uint64_t>(id) >= tokens) return nullptr;  // -1 too
-    return rows + sample * batch_bytes + id * token_bytes;
+    return rows + static_cast<uint32_t>(id) * token_bytes;
   }
 };
 
 // Calls body with the widest word that divides all of `bits`: addresses and sizes, or-ed.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
 template <class Body>
-void with_word(uint64_t bits, const Body& body) {
+__host__ __device__ void with_word(uint64_t bits, const Body& body) {
   if (bits % sizeof(uint4) == 0) body(uint4{});
   else if (bits % sizeof(uint32_t) == 0) body(uint32_t{});
   else if (bits % sizeof(uint16_t) == 0) body(uint16_t{});
@@ -83,14 +136,45 @@ __host__ __device__ inline uint64_t word_bits(const GatherTokensArgs& a) {
          static_cast<uint64_t>(a.token_bytes) | static_cast<uint64_t>(a.row_bytes);
 }
 
-// Blocks that copy `words` words, each a part of them.
-inline Grid copy_grid(int64_t words) {
-  constexpr int64_t each = kCopyThreads * kCopies;
-  return {dim3(static_cast<unsigned>((words + each - 1) / each)), kCopyThreads};
+// A cluster gathers a sample's rows, of fewer than kSmallCopy words.
+__device__ inline void gather_sample(const GatherTokensArgs& a, int64_t sample) {
+  with_word(word_bits(a), [&](auto word) {
+    using Word = decltype(word);
+    const int64_t row_words = a.row_bytes / static_cast<int64_t>(sizeof(Word));
+    const uint64_t all = static_cast<uint64_t>(a.visible * row_words);
+    const Words<uint32_t> words = {
+        static_cast<uint32_t>(row_words),
+        static_cast<uint32_t>(all * cluster_rank() / cluster_size()),
+        static_cast<uint32_t>(all * (cluster_rank() + 1) / cluster_size()),
+        Divisor<uint32_t>(row_words)};
+    copy_rows(static_cast<Word*>(a.out) + sample * all, words, threadIdx.x, blockDim.x,
+              GatherRows(a, sample));
+  });
 }
 
-// 32-bit numbers are enough for this many words; one more step of a block must not overflow.
-constexpr int64_t kSmallCopy = (int64_t{1} << 31) - kCopyThreads * kCopies;
+// Copies `rows` rows of row_bytes, in which samples follow each other after `per_sample`, by
+// copy(Word, Index, row_words, words, grid): launches blocks that take a part of the words each.
+template <class Copy>
+cudaError_t launch_copy(uint64_t bits, int64_t rows, int64_t row_bytes, const Copy& copy) {
+  constexpr int64_t kEach = kCopyThreads * kCopies;
+  cudaError_t error = cudaSuccess;
+  with_word(bits | static_cast<uint64_t>(row_bytes), [&](auto word) {
+    const int64_t row_words = row_bytes / static_cast<int64_t>(sizeof(word));
+    const int64_t words = rows * row_words;
+    const Grid grid = {dim3(static_cast<unsigned>((words + kEach - 1) / kEach)), kCopyThreads};
+    error = words < kSmallCopy ? copy(word, uint32_t{}, row_words, words, grid)
+                               : copy(word, uint64_t{}, row_words, words, grid);
+  });
+  return error;
+}
+
+// A block's words of `all`.
+template <class Index>
+__device__ Words<Index> words_of_block(Index all, Index row_words, const Divisor<Index>& row) {
+  constexpr Index kEach = kCopyThreads * kCopies;
+  const Index begin = static_cast<Index>(blockIdx.x) * kEach;
+  return {row_words, begin, all - begin < kEach ? all : begin + kEach, row};
+}
 
 }  // namespace cuda
 }  // namespace sma

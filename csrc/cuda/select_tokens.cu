@@ -6,17 +6,19 @@ namespace sma {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostCluster = 8;  // blocks that every GPU with clusters can bring together
+constexpr int64_t kMostCluster = 8;    // blocks that every GPU with clusters can bring together,
+constexpr int64_t kLargeCluster = 16;  // and that some can
+constexpr int64_t kLargePart = 16384;  // tokens of a block above which these are better
 
-// held: the part's keys and states lie behind SelectShared in shared memory.
+// The part's keys lie behind SelectShared in shared memory where kHeld says so.
+template <bool kHeld, bool kPlain, bool kTogether>
 __global__ void __launch_bounds__(1024, 1)
-    select_kernel(const __grid_constant__ SelectTokensArgs a, unsigned part_tokens, bool held) {
-  char* const memory = shared_memory();
-  auto* const keys = reinterpret_cast<uint32_t*>(memory + sizeof(SelectShared));
-  auto* const state = reinterpret_cast<uint8_t*>(keys + part_tokens);
-  SelectRow(a, blockIdx.x / cluster_size(), part_tokens, reinterpret_cast<SelectShared*>(memory),
-            held ? keys : nullptr, held ? state : nullptr)
-      .run();
+    select_kernel(const __grid_constant__ SelectTokensArgs a, unsigned part_tokens) {
+  auto* const shared = reinterpret_cast<SelectShared*>(shared_memory());
+  auto* const keys = kHeld ? reinterpret_cast<uint32_t*>(shared + 1) : nullptr;
+  const unsigned blocks = kTogether ? cluster_size() : 1, rank = kTogether ? cluster_rank() : 0;
+  const Span part = part_of_row(static_cast<unsigned>(a.tokens), part_tokens, rank);
+  SelectRow<kHeld, kPlain, kTogether>(a, blockIdx.x / blocks, {part, part}, shared, keys).run();
 }
 
 // A row is shared by as few blocks as can hold it, and by more while the GPU has room for them.
@@ -27,7 +29,8 @@ int64_t blocks_of_row(const SelectTokensArgs& a, const DeviceLimits& limits, int
   while (blocks < kMostCluster && a.batch * blocks * 2 <= limits.multiprocessors &&
          a.tokens >= blocks * 4096)
     blocks *= 2;
-  return blocks;
+  const bool large = a.tokens > kMostCluster * kLargePart;
+  return large && limits.large_clusters ? kLargeCluster : blocks;
 }
 
 unsigned threads_of(int64_t part) {
@@ -39,22 +42,33 @@ unsigned threads_of(int64_t part) {
                          : 1024;
 }
 
+template <bool kHeld, bool kPlain>
+auto kernel_of(bool together) {
+  return together ? select_kernel<kHeld, kPlain, true> : select_kernel<kHeld, kPlain, false>;
+}
+template <bool kHeld>
+auto kernel_of(bool plain, bool together) {
+  return plain ? kernel_of<kHeld, true>(together) : kernel_of<kHeld, false>(together);
+}
+
 }  // namespace
 
 int select_tokens(const SelectTokensArgs& a, const Place& place) {
   if (a.batch == 0) return cudaSuccess;
   const OnDevice on(place);
   if (on.error() != cudaSuccess) return on.error();
-  const DeviceLimits& limits = limits_of(place.device);
+  const DeviceLimits limits = limits_of(place.device);
   const int64_t room = limits.shared_bytes - static_cast<int64_t>(sizeof(SelectShared));
-  const int64_t most_held = (room - 16) / 5;
+  const int64_t most_held = room / static_cast<int64_t>(sizeof(uint4)) * 4;
   const int64_t blocks = blocks_of_row(a, limits, most_held);
+  if (a.batch * blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const int64_t part = (a.tokens + blocks - 1) / blocks;
-  const bool held = part <= most_held;
-  const Grid grid = {dim3(static_cast<unsigned>(a.batch * blocks)), threads_of(part),
-                     sizeof(SelectShared) + (held ? held_bytes(part) : 0),
-                     static_cast<unsigned>(blocks)};
-  return launch(select_kernel, grid, place, a, part, held);
+  const bool held = part <= most_held, plain = is_plain(a);
+  Grid grid = {dim3(static_cast<unsigned>(a.batch * blocks)), threads_of(part),
+               sizeof(SelectShared) + (held ? held_bytes(part) : 0), static_cast<unsigned>(blocks)};
+  grid.prefers_shared = true;
+  return launch(held ? kernel_of<true>(plain, blocks > 1) : kernel_of<false>(plain, blocks > 1),
+                grid, place, a, part);
 }
 
 }  // namespace cuda

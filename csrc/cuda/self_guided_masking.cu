@@ -216,19 +216,6 @@ class SampleScores {
   }
 };
 
-template <class Word>
-__device__ void gather_part(const GatherTokensArgs& a, int64_t sample) {
-  const unsigned row_words = static_cast<unsigned>(a.row_bytes / sizeof(Word));
-  const uint64_t words = a.visible * row_words;
-  const unsigned begin = static_cast<unsigned>(words * cluster_rank() / cluster_size());
-  const unsigned end = static_cast<unsigned>(words * (cluster_rank() + 1) / cluster_size());
-  const int64_t* ids = a.ids + sample * a.visible;
-  const GatherSource from(a);
-  copy_rows<Word, unsigned>(static_cast<Word*>(a.out) + sample * words, row_words, begin, end,
-                            threadIdx.x, blockDim.x,
-                            [&](unsigned row) { return from.row(sample, ids[row]); });
-}
-
 template <bool kWide>
 __global__ void __launch_bounds__(kScoreThreads, 1)
     masking_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
@@ -237,18 +224,8 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   const int64_t sample = blockIdx.x / cluster_size();
   SampleScores<kWide>(a.attention, plan, sample, memory).run();
   if (!selects) return;
-  auto* const select = reinterpret_cast<SelectShared*>(memory);
-  auto* const keys = reinterpret_cast<uint32_t*>(select + 1);
-  SelectRow(a.select, sample, static_cast<unsigned>(plan.part), select, keys,
-            reinterpret_cast<uint8_t*>(keys + plan.part))
-      .run();
-  for (int i = 0; i < a.num_gathers; ++i) {
-    const uint64_t bits = word_bits(a.gathers[i]);
-    if (bits % sizeof(uint4) == 0) gather_part<uint4>(a.gathers[i], sample);
-    else if (bits % sizeof(uint32_t) == 0) gather_part<uint32_t>(a.gathers[i], sample);
-    else if (bits % sizeof(uint16_t) == 0) gather_part<uint16_t>(a.gathers[i], sample);
-    else gather_part<uint8_t>(a.gathers[i], sample);
-  }
+  select_sample(a.select, sample, memory);
+  for (int i = 0; i < a.num_gathers; ++i) gather_sample(a.gathers[i], sample);
 }
 
 // How a sample is shared. `selects`: tokens are selected and gathered too.
@@ -280,7 +257,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
          a.batch * plan.blocks * 2 * plan.warps <= limits.multiprocessors * int64_t{most_warps})
     plan.blocks *= 2;
   plan.part = (a.tokens + plan.blocks - 1) / plan.blocks;
-  const size_t selection = selects ? sizeof(SelectShared) + held_bytes(plan.part) : 0;
+  const size_t selection = selects ? select_sample_bytes(a.tokens) : 0;
   plan.shared_bytes = std::max(plan.memory.bytes(plan.warps) + extra, selection);
   plan.possible = true;
   return plan;

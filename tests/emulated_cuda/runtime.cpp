@@ -130,6 +130,13 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  const unsigned most = attributes_of(kernel).large_clusters ? kMostCluster : kPortableCluster;
+  *clusters = arch() >= 90 && config->attrs[0].val.clusterDim.x <= most;
+  return cudaSuccess;
+}
+
 namespace emulated {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,

@@ -76,6 +76,15 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Result (*)(Par
   return cudaFuncGetAttributes(attributes);
 }
 
+// As if every cluster of an allowed size found room, once.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config);
+template <class Result, class... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Result (*kernel)(Parameters...),
+                                           const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxActiveClusters(clusters, reinterpret_cast<const void*>(kernel), config);
+}
+
 namespace emulated {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* key, std::function<void()> kernel);
