@@ -161,14 +161,17 @@ class Scorer {
       const uint4 up = query[0], low = query[kWarp];
       const uint32_t even[4] = {up.x ^ flip, low.x ^ flip, up.y ^ flip, low.y ^ flip};
       const uint32_t odd[4] = {up.z ^ flip, low.z ^ flip, up.w ^ flip, low.w ^ flip};
-      for_each_group([&](int first) {
+      // a float32 needs so many registers that both at once would not fit
 #pragma unroll
-        for (int i = first; i < first + kTileGroup; ++i) {
-          const uint4 k = key[i * kWarp];
-          multiply(even, k.x, k.y, logit[i]);
-          multiply(odd, k.z, k.w, logit[i]);
-        }
-      });
+      for (int part = 0; part < (kWide ? 2 : 1); ++part)
+        for_each_group([&](int first) {
+#pragma unroll
+          for (int i = first; i < first + kTileGroup; ++i) {
+            const uint4 k = key[i * kWarp];
+            if (part == 0) multiply(even, k.x, k.y, logit[i]);
+            if (!kWide || part == 1) multiply(odd, k.z, k.w, logit[i]);
+          }
+        });
       query += 2 * kWarp;
       key += m.tiles * kWarp;
     }
