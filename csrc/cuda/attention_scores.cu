@@ -11,7 +11,6 @@ namespace sma {
 namespace cuda {
 namespace {
 
-constexpr unsigned kWarps = 8;       // of a block, at most
 constexpr int64_t kMostSplits = 32;  // parts of the keys
 constexpr int64_t kMostRows = 4096;  // of a head, in one turn
 
@@ -25,15 +24,15 @@ struct Turn {
 };
 
 struct TurnShared {
-  RowSum sums[kMostRowTiles * kRowTile][kWarps];
-  int counts[kWarps];
+  RowSum sums[kMostRowTiles * kRowTile][kScoreWarps];
+  int counts[kScoreWarps];
 };
 
-template <bool kWide>
-__global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
+template <int kType>
+__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTiles, kScoreMajor))
     row_sums_kernel(const __grid_constant__ AttentionScoresArgs a,
                     const __grid_constant__ Turn turn) {
-  using Score = Scorer<kWide>;
+  using Score = Scorer<kType, kFewTiles>;
   char* const memory = shared_memory();
   auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(Score::warps()));
   int* const rows = reinterpret_cast<int*>(&shared + 1);
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
     for (int64_t key = first_key; key < last_key; key += keys) {
       if (first == 0 || last_key - first_key > keys) {  // else they are there
         scorer.look_at(key, last_key);
-        scorer.stage_keys(0, head);
+        scorer.stage_keys(0, static_cast<int>(head) / turn.memory.sharing);
       }
       copy_async_commit();
       copy_async_wait<0>();
@@ -65,9 +64,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           RowSum& own = shared.sums[tile * kRowTile + half * 8 + lane / 4][warp];
-          const float most = scorer.largest(e, half);
-          const float sum = scorer.over_columns(scorer.exponentials(e, half, most));
-          if (lane % 4 == 0) own = join(own, {most, sum}, scorer.factor);
+          const RowSum more = scorer.exponentials(e, half);
+          if (lane % 4 == 0) own = join(own, more);
         }
       }
       __syncthreads();
@@ -75,8 +73,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
     RowSum* parts = turn.parts + (at * turn.splits + split) * turn.rows + first;
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       RowSum sum = shared.sums[i][0];
-      for (unsigned w = 1; w < Score::warps(); ++w)
-        sum = join(sum, shared.sums[i][w], scorer.factor);
+      for (unsigned w = 1; w < Score::warps(); ++w) sum = join(sum, shared.sums[i][w]);
       parts[i] = sum;
     }
     __syncthreads();
@@ -85,21 +82,20 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
 
 // Puts the parts of each row together. Rows that no query takes hold nothing, and are not read.
 __global__ void __launch_bounds__(256)
-    join_kernel(const __grid_constant__ Turn turn, int64_t total, float factor) {
+    join_kernel(const __grid_constant__ Turn turn, int64_t total) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= total) return;
   const RowSum* parts = turn.parts + i / turn.rows * turn.splits * turn.rows + i % turn.rows;
   RowSum sum = parts[0];
-  for (int64_t split = 1; split < turn.splits; ++split)
-    sum = join(sum, parts[split * turn.rows], factor);
+  for (int64_t split = 1; split < turn.splits; ++split) sum = join(sum, parts[split * turn.rows]);
   turn.whole[i] = {sum.most, sum.sum == 0.0f ? 0.0f : 1.0f / sum.sum};
 }
 
-template <bool kWide>
-__global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
+template <int kType>
+__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTiles, kScoreMajor))
     column_sums_kernel(const __grid_constant__ AttentionScoresArgs a,
                        const __grid_constant__ Turn turn, int64_t blocks, bool adds) {
-  using Score = Scorer<kWide>;
+  using Score = Scorer<kType, kFewTiles>;
   char* const memory = shared_memory();
   auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(Score::warps()));
   int* const rows = reinterpret_cast<int*>(&shared + 1);
@@ -116,7 +112,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
     const RowList list = list_rows(a, b, head, turn.row, turn.row + turn.rows, rows, shared.counts);
     const RowSum* whole =
         turn.whole + ((b - turn.sample) * turn.heads + head - turn.head) * turn.rows;
-    if (list.count > 0) scorer.stage_keys(0, head);
+    if (list.count > 0) scorer.stage_keys(0, static_cast<int>(head) / turn.memory.sharing);
     for (int first = 0, buffer = 0; first < list.count;
          first += turn.memory.chunk_rows(), buffer ^= 1) {
       if (first == 0) scorer.stage_queries(buffer, head, list, first);
@@ -150,15 +146,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTurnBlocks)
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-template <bool kWide>
+template <int kType>
 int in_turns(const AttentionScoresArgs& a, const Place& place) {
   Turn turn = {};
   const int64_t most_rows = std::min(std::max<int64_t>(a.selected, 1), kMostRows);
   const int64_t extra = sizeof(TurnShared) + most_rows * sizeof(int);
-  unsigned warps = kWarps * 2;
+  const int64_t room_of_block = limits_of(place.device).shared_bytes;
+  unsigned warps = kScoreWarps * 2;
   do {  // fewer where rows are so long that not a tile of keys fits for each
     warps /= 2;
-    turn.memory = score_memory(a, warps, 1, limits_of(place.device).shared_bytes - extra);
+    turn.memory = score_memory(a, warps, kFewTiles, a.tokens, 1, room_of_block - extra);
   } while (turn.memory.tiles == 0 && warps > 1);
   if (turn.memory.tiles == 0) return kRowsTooLong;
   const int64_t keys = turn.memory.keys(warps);
@@ -169,7 +166,6 @@ int in_turns(const AttentionScoresArgs& a, const Place& place) {
   const int64_t rows = std::min(most_rows, room);
   const int64_t heads = std::min(a.heads, room / rows);
   const int64_t samples = heads == a.heads ? std::min(a.batch, room / rows / heads) : 1;
-  const float factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e;
   const unsigned threads = warps * kWarp;
   const size_t bytes = turn.memory.bytes(warps) + extra;
   int error = 0;
@@ -185,15 +181,15 @@ int in_turns(const AttentionScoresArgs& a, const Place& place) {
         const int64_t outputs = turn.samples * (a.reduce == kNone ? turn.heads : 1);
         const bool adds = turn.row > 0 || (a.reduce != kNone && turn.head > 0);
         if (total > 0)
-          error = launch(row_sums_kernel<kWide>,
+          error = launch(row_sums_kernel<kType>,
                          {dim3(static_cast<unsigned>(turn.samples * turn.heads * turn.splits)),
                           threads, bytes},
                          place, a, turn);
         if (error == 0 && total > 0)
           error = launch(join_kernel, {dim3(static_cast<unsigned>(parts(total, 256))), 256}, place,
-                         turn, total, factor);
+                         turn, total);
         if (error == 0)
-          error = launch(column_sums_kernel<kWide>,
+          error = launch(column_sums_kernel<kType>,
                          {dim3(static_cast<unsigned>(outputs * blocks)), threads, bytes}, place, a,
                          turn, blocks, adds);
       }
@@ -204,12 +200,13 @@ int in_turns(const AttentionScoresArgs& a, const Place& place) {
 
 int attention_scores(const AttentionScoresArgs& a, const Place& place) {
   if (a.batch == 0 || a.tokens == 0) return 0;
-  bool possible = false;
-  const int error = attention_scores_at_once(a, place, &possible);
-  if (possible) return error;
+  const int error = attention_scores_at_once(a, place);
+  if (error != kNotAtOnce) return error;
   const OnDevice on(place);
   if (on.error() != cudaSuccess) return on.error();
-  return a.dtype == kFloat32 ? in_turns<true>(a, place) : in_turns<false>(a, place);
+  return a.dtype == kFloat32    ? in_turns<kFloat32>(a, place)
+         : a.dtype == kBFloat16 ? in_turns<kBFloat16>(a, place)
+                                : in_turns<kFloat16>(a, place);
 }
 
 }  // namespace cuda

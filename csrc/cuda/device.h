@@ -6,7 +6,6 @@
 #include "kernels.h"
 
 #ifdef __CUDACC__
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #else
 #include "emulated_cuda.h"
@@ -31,30 +30,36 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+__device__ inline float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
 
-// d += a b: a (16, k), b (k, 8), d (16, 8), spread over the lanes as PTX says.
-#define SMA_MMA(name, shape, types)                                                              \
+// d += a b: a (16, k), b (k, 8), d (16, 8), spread over the lanes as PTX says. Those of tf32 keep
+// their order: each needs so many registers that mixed they would not fit.
+#define SMA_MMA(name, order, shape, types)                                                       \
   __device__ inline void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-    asm volatile("mma.sync.aligned." shape ".row.col.f32." types                                 \
-                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                    \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                \
+    asm order("mma.sync.aligned." shape ".row.col.f32." types                                    \
+              ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                       \
+              : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                   \
+              : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                   \
   }
-SMA_MMA(mma_bf16, "m16n8k16", "bf16.bf16")
-SMA_MMA(mma_fp16, "m16n8k16", "f16.f16")
-SMA_MMA(mma_tf32, "m16n8k8", "tf32.tf32")
+SMA_MMA(mma_bf16, , "m16n8k16", "bf16.bf16")
+SMA_MMA(mma_fp16, , "m16n8k16", "f16.f16")
+SMA_MMA(mma_tf32, volatile, "m16n8k8", "tf32.tf32")
 #undef SMA_MMA
 
-// 16 bytes from global to shared memory on their way; the last 16 - bytes are zeros.
-__device__ inline void copy_async_16(void* shared, const void* global, int bytes) {
+// 16 bytes from global to shared memory on their way.
+__device__ inline void copy_async_16(void* shared, const void* global) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>  // groups that may still be on their way

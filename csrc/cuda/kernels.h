@@ -10,6 +10,8 @@ namespace cuda {
 
 // Beside CUDA's errors: queries and keys are too wide for shared memory.
 constexpr int kRowsTooLong = -1;
+// The keys of a sample are too many for one launch: take several.
+constexpr int kNotAtOnce = -2;
 
 struct Place {
   int device;
@@ -17,8 +19,8 @@ struct Place {
 };
 
 int attention_scores(const AttentionScoresArgs& a, const Place& place);
-// The same in one launch, where `possible` says that it could.
-int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place, bool* possible);
+// The same in one launch, or kNotAtOnce.
+int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place);
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
 int gather_tokens(const GatherTokensArgs& a, const Place& place);
 int restore_tokens(const RestoreTokensArgs& a, const Place& place);

@@ -4,56 +4,42 @@
 // turns, and every selected query passes by, 16 rows at a time. So a key is read from memory once.
 // Each lane reads 16 bytes of a row at a time, the same that it sent for, as the mma instructions
 // want them but for the order of the features, which is another one for queries and keys alike.
+//
+// What a warp does for its keys and 16 rows is most of the time that scores take: it goes by groups
+// of tiles, and where none of a group's keys counts by none of it.
 #pragma once
-#include "../args.h"
-#include "device.h"
+#include "row_sums.h"
 
 namespace sma {
 namespace cuda {
 
-constexpr int kRowTile = 16;      // rows of an mma
-constexpr int kMostRowTiles = 4;  // of a chunk of rows
-constexpr int kTiles = 8;         // of 8 keys that a warp takes, at most
-constexpr int kStepBytes = 64;    // of a row of features: 16 bytes for each of 4 lanes
-// GPUs from 12.0 on have half the shared memory: fewer warps, each of which has more registers.
-constexpr unsigned score_warps(int major) { return major >= 12 ? 8 : 16; }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr unsigned kScoreThreads = score_warps(12) * kWarp, kTurnBlocks = 1;
-#else
-constexpr unsigned kScoreThreads = score_warps(0) * kWarp, kTurnBlocks = 2;
-#endif
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr int kRowTile = 16;         // rows of an mma
+constexpr int kMostRowTiles = 4;     // of a chunk of rows
+constexpr int kTileGroup = 4;        // tiles of 8 keys that are skipped together
+constexpr int kStepBytes = 64;       // of a row of features: 16 bytes for each of 4 lanes
+constexpr unsigned kScoreWarps = 8;  // of a block, at most
+constexpr int kFewTiles = 8;         // of a warp, where two blocks share a multiprocessor,
+constexpr int kManyTiles = 16;       // and where a block has it alone
 constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLeastFactor = 1e-37f;  // instead of 0, which times -inf would be NaN
 
-// Of a row's exponentials: the largest logit, and the sum of exp2 of what all lie below it.
-struct RowSum {
-  float most, sum;
-};
-
-// -inf less -inf would be NaN.
-__device__ inline float base_of(float most) { return most > -kInfinity ? most : 0.0f; }
-
-// What a sum against its largest logit is against another one.
-__device__ inline float rescaled(RowSum x, float most, float factor) {
-  return x.sum == 0.0f ? 0.0f : x.sum * exp2_fast((x.most - base_of(most)) * factor);
+// Blocks that share a multiprocessor, and its registers. Code for GPUs from 10.0 on needs more.
+constexpr int score_blocks(int type, int tiles, int major) {
+  return type != kFloat32 && tiles == kFewTiles && major < 10 ? 2 : 1;
 }
-__device__ inline RowSum join(RowSum x, RowSum y, float factor) {
-  const float most = fmaxf(x.most, y.most);
-  return {most, rescaled(x, most, factor) + rescaled(y, most, factor)};
-}
-
-// Which rows of queries a head has: positions in the query, in order.
-struct RowList {
-  const int* rows;
-  int count;
-};
+#ifdef __CUDA_ARCH__
+constexpr int kScoreMajor = __CUDA_ARCH__ / 100;
+#else
+constexpr int kScoreMajor = 0;
+#endif
 
 // How a block's shared memory is used.
 struct ScoreMemory {
   int steps;      // of kStepBytes in a row of features
-  int tiles;      // of 8 keys that a warp takes
+  int tiles;      // of 8 keys that a warp takes: a multiple of kTileGroup
   int row_tiles;  // of queries that are there together: a chunk
   int buffers;    // of keys: 2 where those of the next head come while this one's are used
+  int sharing;    // heads that have the same keys
 
   __host__ __device__ int keys(unsigned warps) const { return tiles * 8 * static_cast<int>(warps); }
   __host__ __device__ int chunk_rows() const { return row_tiles * kRowTile; }
@@ -67,39 +53,37 @@ struct ScoreMemory {
   }
 };
 
-// What `warps` warps can do with `room` bytes; tiles is 0 where not even one fits.
-inline ScoreMemory score_memory(const AttentionScoresArgs& a, unsigned warps, int buffers,
-                                int64_t room) {
+// What `warps` warps can do with `room` bytes for so many keys; tiles is 0 where none fit.
+inline ScoreMemory score_memory(const AttentionScoresArgs& a, unsigned warps, int most_tiles,
+                                int64_t keys, int buffers, int64_t room) {
   const int64_t row_bytes = a.width * (a.dtype == kFloat32 ? 4 : 2);
   const int64_t steps = row_bytes == 0 ? 1 : (row_bytes + kStepBytes - 1) / kStepBytes;
-  ScoreMemory m = {static_cast<int>(steps), kTiles, 1, buffers};
-  while (m.row_tiles < kMostRowTiles && m.row_tiles * 2 * steps <= 16) m.row_tiles *= 2;
-  while (m.tiles > 0 && static_cast<int64_t>(m.bytes(warps)) > room) --m.tiles;
+  const int sharing = static_cast<int>(a.heads / a.kv_heads);
+  ScoreMemory m = {static_cast<int>(steps), kTileGroup, 1, buffers, sharing};
+  while (m.tiles < most_tiles && m.keys(warps) < keys) m.tiles += kTileGroup;
+  while (m.row_tiles < kMostRowTiles && m.row_tiles * 2 * steps <= 16 &&
+         m.chunk_rows() < a.selected)
+    m.row_tiles *= 2;
+  while (m.tiles > 0 && static_cast<int64_t>(m.bytes(warps)) > room) m.tiles -= kTileGroup;
   return m;
 }
 
-template <bool kWide>  // float32, else 16 bits
+// kType: of queries and keys; kTiles: of 8 keys that a warp takes, at most.
+template <int kType, int kTiles>
 class Scorer {
  public:
   using Logits = float[kTiles][4];
 
   __device__ Scorer(const AttentionScoresArgs& args, const ScoreMemory& memory, int64_t sample,
                     char* shared)
-      : factor(fabsf(args.scale) * kLog2e),
-        a(args),
+      : a(args),
         m(memory),
         b(sample),
-        sign(args.scale < 0 ? -1.0f : 1.0f),
+        factor(fmaxf(fabsf(args.scale) * kLog2e, kLeastFactor)),
         queries(reinterpret_cast<uint4*>(shared)),
-        keys(queries + 2 * memory.chunk_words() + threadIdx.x) {
+        keys(queries + 2 * memory.chunk_words() + warp() * memory.tiles * memory.steps * kWarp +
+             lane()) {
     clear_columns();
-  }
-
-  const float factor;  // makes exp2 of a logit its exponential, scaled
-
-  __device__ void clear_columns() {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) column[i][0] = column[i][1] = 0.0f;
   }
 
   static __device__ unsigned lane() { return threadIdx.x % kWarp; }
@@ -110,30 +94,39 @@ class Scorer {
   __device__ void look_at(int64_t first, int64_t last) {
     begin = static_cast<int>(first);
     end = static_cast<int>(last);
-    valid = live = 0;
+    valid = staged = live = full = 0;
     const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.tokens;
-#pragma unroll
+    const auto is_key = [&](int tile, unsigned place) {
+      const int n = begin + static_cast<int>((tile * warps() + warp()) * 8 + place);
+      return tile < m.tiles && n < end && (padding == nullptr || !padding[n]);
+    };
+#pragma unroll 1
     for (int i = 0; i < kTiles; ++i) {
+      for (unsigned j = 0; j < 2; ++j)
+        if (is_key(i, lane() % 4 * 2 + j)) valid |= 1u << (2 * i + j);
+      if (is_key(i, lane() / 4)) staged |= 1u << i;
+    }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int n = column_of(i, j);
-        if (i < m.tiles && n < end && (padding == nullptr || !padding[n]))
-          valid |= 1u << (2 * i + j);
-      }
-      if (__ballot_sync(kAllLanes, valid >> (2 * i) & 3)) live |= 1u << i;
+    for (int group = 0; group < kTiles / kTileGroup; ++group) {
+      const uint32_t all = (1u << 2 * kTileGroup) - 1, bits = valid >> (2 * kTileGroup * group);
+      if (__ballot_sync(kAllLanes, (bits & all) != 0)) live |= 1u << group;
+      if (__ballot_sync(kAllLanes, (bits & all) == all) == kAllLanes) full |= 1u << group;
     }
   }
 
-  // Sends for the keys of a head.
-  __device__ void stage_keys(int buffer, int64_t head) {
-    const int64_t key_head = head / (a.heads / a.kv_heads);
+  // Sends for the keys of a head; those that do not count are zeros.
+  __device__ void stage_keys(int buffer, int key_head) {
     const char* rows = bytes_at(a.key, b * a.key_strides[0] + key_head * a.key_strides[1]);
+#pragma unroll 1
     for (int i = 0; i < m.tiles; ++i) {
-      if (!(live >> i & 1)) continue;
+      if (!(live >> i / kTileGroup & 1)) continue;
       const int n = begin + static_cast<int>((i * warps() + warp()) * 8 + lane() / 4);
+      const char* row = rows + n * a.key_strides[2] * kSize;
+#pragma unroll 1
       for (int step = 0; step < m.steps; ++step)
-        stage(key_at(buffer, i, step), rows + n * a.key_strides[2] * kSize, a.key_strides[3],
-              step * kStepBytes + static_cast<int>(lane() % 4) * 16, n < end);
+        stage(&keys[buffer * m.key_words(warps()) + (step * m.tiles + i) * kWarp], row,
+              a.key_strides[3], step * kStepBytes + static_cast<int>(lane() % 4) * 16,
+              staged >> i & 1);
     }
   }
 
@@ -155,39 +148,46 @@ class Scorer {
   }
 
   // logit[i][0..1]: of row lane / 4 of the row tile and two columns of tile i; logit[i][2..3]: of
-  // the row 8 below. -inf where the key does not count.
+  // the row 8 below. Not yet scaled, but with the scale's sign: the largest stays the largest. -inf
+  // where the key does not count; nothing in groups that are not live.
   __device__ void logits(int keys_buffer, int queries_buffer, int row_tile, Logits& logit) const {
-    const uint4* q =
+    const uint4* query =
         &queries[queries_buffer * m.chunk_words() + row_tile * m.steps * 2 * kWarp + lane()];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) logit[i][j] = 0.0f;
+    const uint4* key = &keys[keys_buffer * m.key_words(warps())];
+    const uint32_t flip = a.scale < 0 ? kSign : 0;
+    start(logit);
+#pragma unroll 1
     for (int step = 0; step < m.steps; ++step) {
-      const uint4 up = q[step * 2 * kWarp], low = q[(step * 2 + 1) * kWarp];
-      const uint32_t even[4] = {up.x, low.x, up.y, low.y}, odd[4] = {up.z, low.z, up.w, low.w};
+      const uint4 up = query[0], low = query[kWarp];
+      const uint32_t even[4] = {up.x ^ flip, low.x ^ flip, up.y ^ flip, low.y ^ flip};
+      const uint32_t odd[4] = {up.z ^ flip, low.z ^ flip, up.w ^ flip, low.w ^ flip};
+      // a float32 needs so many registers that both at once would not fit
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        if (!(live >> i & 1)) continue;
-        const uint4 key = *key_at(keys_buffer, i, step);
-        multiply(even, key.x, key.y, logit[i]);
-        multiply(odd, key.z, key.w, logit[i]);
-      }
+      for (int part = 0; part < (kWide ? 2 : 1); ++part)
+        for_each_group([&](int first) {
+#pragma unroll
+          for (int i = first; i < first + kTileGroup; ++i) {
+            const uint4 k = key[i * kWarp];
+            if (part == 0) multiply(even, k.x, k.y, logit[i]);
+            if (!kWide || part == 1) multiply(odd, k.z, k.w, logit[i]);
+          }
+        });
+      query += 2 * kWarp;
+      key += m.tiles * kWarp;
     }
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) logit[i][j] = counts(i, j % 2) ? logit[i][j] * sign : -kInfinity;
   }
 
-  // The largest logit of a half of the rows, of this warp's keys.
+  // The largest logit of a half of the rows, of this warp's keys, times log2(e).
   __device__ float largest(const Logits& logit, int half) const {
     float most = -kInfinity;
+    for_each_group([&](int first) {
+      float of[kTileGroup];
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-      most = fmaxf(most, fmaxf(logit[i][2 * half], logit[i][2 * half + 1]));
-    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-    return fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+      for (int i = 0; i < kTileGroup; ++i)
+        of[i] = fmaxf(logit[first + i][2 * half], logit[first + i][2 * half + 1]);
+      most = fmaxf(most, fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3])));
+    });
+    return most_of_row(most) * factor;
   }
 
   // Turns the logits of a half of the rows into exponentials against `most`; returns their sum over
@@ -195,82 +195,116 @@ class Scorer {
   __device__ float exponentials(Logits& logit, int half, float most) const {
     const float base = base_of(most);
     float sum = 0.0f;
+    for_each_group([&](int first) {
+      float of[kTileGroup];
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if (!(live >> i & 1)) {
-        logit[i][2 * half] = logit[i][2 * half + 1] = 0.0f;
-        continue;
+      for (int i = 0; i < kTileGroup; ++i) {
+        float* const x = &logit[first + i][2 * half];
+        x[0] = exp2_fast(fmaf(x[0], factor, -base));
+        x[1] = exp2_fast(fmaf(x[1], factor, -base));
+        of[i] = x[0] + x[1];
       }
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float& x = logit[i][2 * half + j];
-        x = counts(i, j) ? exp2_fast((x - base) * factor) : 0.0f;
-        sum += x;
-      }
-    }
+      sum += (of[0] + of[1]) + (of[2] + of[3]);
+    });
     return sum;
   }
-  static __device__ float over_columns(float sum) {
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    return sum + __shfl_xor_sync(kAllLanes, sum, 2);
+
+  // The same against the largest of this warp's keys, with their sum.
+  __device__ RowSum exponentials(Logits& logit, int half) const {
+    const float most = largest(logit, half);
+    return {most, sum_of_row(exponentials(logit, half, most))};
   }
 
   // Adds the exponentials of a half of the rows, with their row's weight, to the columns.
   __device__ void add(const Logits& e, int half, float weight) {
+    for_each_group([&](int first) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+      for (int i = first; i < first + kTileGroup; ++i)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) column[i][j] += e[i][2 * half + j] * weight;
-    }
+        for (int j = 0; j < 2; ++j) column[i][j] = fmaf(e[i][2 * half + j], weight, column[i][j]);
+    });
   }
 
   // Calls body(key of the sample, sum over all rows) for each of the block's keys, and begins anew.
   template <class Body>
   __device__ void take_columns(const Body& body) {
-    // in three steps the lanes of a column halve what each of them adds up: tile lane / 4 is left
+    halve_columns<kTiles / 2, kWarp / 2>();
 #pragma unroll
-    for (int left = kTiles / 2; left > 0; left /= 2) {
-      const bool upper = lane() / 4 & left;
+    for (int i = 0; i < kEach; ++i)
 #pragma unroll
-      for (int i = 0; i < left; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float give = upper ? column[i][j] : column[i + left][j];
-          const float keep = upper ? column[i + left][j] : column[i][j];
-          column[i][j] = keep + __shfl_xor_sync(kAllLanes, give, left * 4);
-        }
-    }
-    const int tile = lane() / 4;
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-      if (tile < m.tiles && column_of(tile, j) < end)
-        body(column_of(tile, j), counts(tile, j) ? column[0][j] : 0.0f);
+      for (int j = 0; j < 2; ++j) {
+        const int tile = lane() / 4 * kEach + i;
+        const int n = begin + static_cast<int>((tile * warps() + warp()) * 8 + lane() % 4 * 2) + j;
+        if (tile < m.tiles && n < end) body(n, counts(tile, j) ? column[i][j] : 0.0f);
+      }
     clear_columns();
   }
 
  private:
-  static constexpr int kSize = kWide ? 4 : 2;  // bytes of an element
+  static constexpr bool kWide = kType == kFloat32;
+  static constexpr int kSize = kWide ? 4 : 2;                           // bytes of an element
+  static constexpr uint32_t kSign = kWide ? 0x80000000u : 0x80008000u;  // bits of 4 bytes
 
   const AttentionScoresArgs& a;
   const ScoreMemory& m;
   const int64_t b;
-  const float sign;  // of the scale, put into the logits: the largest stays the largest
+  const float factor;  // makes exp2 of a logit its exponential
   uint4* const queries;
-  uint4* const keys;        // this thread's places, blockDim.x apart
+  uint4* const keys;        // this lane's places
   float column[kTiles][2];  // sums over this lane's rows
   int begin = 0, end = 0;
-  uint32_t valid = 0;  // a bit for each of this lane's columns that counts,
-  uint32_t live = 0;   // and for each tile of this warp that has one
+  uint32_t valid = 0;   // a bit for each of this lane's columns that counts,
+  uint32_t staged = 0;  // for each key that this lane sends for,
+  uint32_t live = 0;    // for each group of tiles of which a key counts,
+  uint32_t full = 0;    // and for each of which all do
 
-  __device__ uint4* key_at(int buffer, int tile, int step) const {
-    return keys + buffer * m.key_words(warps()) + (tile * m.steps + step) * blockDim.x;
+  static constexpr int kEach = kTiles / 8;  // tiles that a lane writes
+
+  // In three steps the lanes of a column halve what each of them adds up.
+  template <int kLeft, int kOther>
+  __device__ void halve_columns() {
+    const bool upper = lane() & kOther;
+#pragma unroll
+    for (int i = 0; i < kLeft; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float give = upper ? column[i][j] : column[i + kLeft][j];
+        const float keep = upper ? column[i + kLeft][j] : column[i][j];
+        column[i][j] = keep + __shfl_xor_sync(kAllLanes, give, kOther);
+      }
+    if constexpr (kLeft > kEach) halve_columns<kLeft / 2, kOther / 2>();
   }
-  __device__ int column_of(int tile, int j) const {
-    return begin + static_cast<int>((tile * warps() + warp()) * 8 + lane() % 4 * 2) + j;
-  }
+
   __device__ bool counts(int tile, int j) const { return valid >> (2 * tile + j) & 1; }
   static __device__ const char* bytes_at(const void* base, int64_t elements) {
     return static_cast<const char*>(base) + elements * kSize;
+  }
+
+  __device__ void clear_columns() {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) column[i][0] = column[i][1] = 0.0f;
+  }
+
+  // Calls body(first tile) for each group that has a key that counts.
+  template <class Body>
+  __device__ void for_each_group(const Body& body) const {
+#pragma unroll
+    for (int group = 0; group < kTiles / kTileGroup; ++group)
+      if (live >> group & 1) body(group * kTileGroup);
+  }
+
+  // What products are added to: 0, or -inf where the key does not count.
+  __device__ void start(Logits& logit) const {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) logit[i][j] = 0.0f;
+    if (full == live) return;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (!counts(i, j % 2)) logit[i][j] = -kInfinity;
   }
 
   // 16 bytes of a row to shared memory, zeros behind its end.
@@ -279,7 +313,7 @@ class Scorer {
     if (bytes <= 0) {
       *to = uint4{};
     } else if (bytes >= 16 && stride == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-      copy_async_16(to, row + offset, 16);
+      copy_async_16(to, row + offset);
     } else {
       uint32_t half[8] = {};  // two of them are a float32
 #pragma unroll
@@ -294,8 +328,8 @@ class Scorer {
     }
   }
 
-  __device__ void multiply(const uint32_t (&q)[4], uint32_t k0, uint32_t k1,
-                           float (&logit)[4]) const {
+  static __device__ void multiply(const uint32_t (&q)[4], uint32_t k0, uint32_t k1,
+                                  float (&logit)[4]) {
     if constexpr (kWide) {
       uint32_t high[4], rest[4], high0, rest0, high1, rest1;
 #pragma unroll
@@ -305,7 +339,7 @@ class Scorer {
       mma_tf32(logit, high, rest0, rest1);
       mma_tf32(logit, rest, high0, high1);
       mma_tf32(logit, high, high0, high1);
-    } else if (a.dtype == kBFloat16) {
+    } else if constexpr (kType == kBFloat16) {
       mma_bf16(logit, q, k0, k1);
     } else {
       mma_fp16(logit, q, k0, k1);
@@ -319,34 +353,6 @@ class Scorer {
     *rest = fabsf(x) < kInfinity ? to_tf32(x - __uint_as_float(*high)) : 0;
   }
 };
-
-// Lists the queries of a head among the candidates [first, last) in `rows`. All threads of a block
-// call it; `counts` has a place for each warp.
-__device__ inline RowList list_rows(const AttentionScoresArgs& a, int64_t b, int64_t head,
-                                    int64_t first, int64_t last, int* rows, int* counts) {
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int total = 0;
-  for (int64_t from = first; from < last; from += blockDim.x) {
-    const int64_t r = from + threadIdx.x;
-    int64_t query = -1;
-    if (r < last) {
-      query = a.query_index == nullptr ? r : a.query_index[b * a.selected + r];
-      if (query >= a.queries) query = -1;
-      if (a.head_index != nullptr && a.head_index[b * a.selected + r] != head) query = -1;
-    }
-    const unsigned takes = __ballot_sync(kAllLanes, query >= 0);
-    if (lane == 0) counts[warp] = __popc(takes);
-    __syncthreads();
-    int before = total;
-    for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
-      if (w < warp) before += counts[w];
-      total += counts[w];
-    }
-    if (query >= 0) rows[before + __popc(takes & ((1u << lane) - 1))] = static_cast<int>(query);
-    __syncthreads();  // the counts are read, the rows written
-  }
-  return {rows, total};
-}
 
 }  // namespace cuda
 }  // namespace sma

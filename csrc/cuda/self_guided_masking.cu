@@ -1,281 +1,134 @@
 // self_guided_masking in one launch, and attention_scores where it can share it: a block, or from
 // sm_90 on a cluster of blocks, takes a sample from its keys to its gathered rows.
-//
-// Blocks share the heads where one can hold the keys of a sample, else the keys. For every 16 rows
-// the warps turn their logits into exponentials once, against the largest of their own, tell each
-// other (the largest, the sum), and add the exponentials to their columns with the weight that
-// follows. Heads are added up in groups that do not depend on the number of blocks, and the groups
-// in their order, so neither do the bits of the result.
 #include <algorithm>
 
 #include "kernels.h"
 #include "rows.h"
-#include "scores.h"
+#include "sample_scores.h"
 #include "select.h"
 
 namespace sma {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostListed = 4096;  // queries of a sample
-constexpr unsigned kMostBlocks = 8;    // of a cluster, on every GPU that has them
+constexpr int64_t kMostListed = 4096;        // queries of a sample, and heads
+constexpr unsigned kPortableCluster = 8;     // blocks, on every GPU that has clusters
+constexpr int kMostGroups = 8;               // of heads
+constexpr size_t kReservedShared = 1 << 10;  // bytes that CUDA takes of each block's shared memory
 
-struct Plan {
-  bool possible;
-  unsigned blocks, warps, groups;
-  bool shares_keys;  // else heads
-  int64_t part;      // tokens of a block, in selection and where keys are shared
-  ScoreMemory memory;
-  size_t shared_bytes;
-};
-
-struct RowSums {  // of a row tile, one for each parity
-  RowSum of[2][kRowTile][score_warps(0)];
-};
-
-// What lies in shared memory behind the Scorer's.
-struct ScoreShared {
-  RowSums sums;
-  int counts[score_warps(0)];
-};
-
-template <bool kWide>
-class SampleScores {
- public:
-  using Score = Scorer<kWide>;
-
-  __device__ SampleScores(const AttentionScoresArgs& args, const Plan& plan, int64_t sample,
-                          char* shared)
-      : a(args),
-        plan(plan),
-        b(sample),
-        scorer(args, plan.memory, sample, shared),
-        shared(*reinterpret_cast<ScoreShared*>(shared + plan.memory.bytes(Score::warps()))),
-        rows(reinterpret_cast<int*>(&this->shared + 1)),
-        columns(reinterpret_cast<float*>(rows + args.selected)) {
-    first_key = plan.shares_keys ? min(a.tokens, cluster_rank() * plan.part) : 0;
-    own_groups = static_cast<int>(plan.shares_keys ? plan.groups : plan.groups / plan.blocks);
-    first_group = plan.shares_keys ? 0 : cluster_rank() * own_groups;
-    last_head = first_head_of(first_group + own_groups);
-  }
-
-  __device__ void run() {
-    scorer.look_at(first_key, plan.shares_keys ? min(a.tokens, first_key + plan.part) : a.tokens);
-    Item next = {first_head_of(first_group) - 1, kNotListed, 0, 0, 0};
-    int head = next.head + 1;  // the first whose columns are not written
-    bool more = find_next(&next);
-    if (more) stage(&next, -1);
-    while (more) {
-      item = next;
-      copy_async_wait<0>();
-      __syncthreads();
-      more = find_next(&next);
-      const bool early = plan.memory.buffers == 2 || key_head(next.head) == key_head(item.head);
-      if (more && early) stage(&next, key_head(item.head));
-      for (; head < item.head; ++head) end_head(head);
-      add_rows();
-      if (more && !early) stage(&next, key_head(item.head));  // no thread reads another's keys
-    }
-    for (; head < last_head; ++head) end_head(head);
-    if (a.reduce != kNone) write_sums();
-    cluster_sync();  // what is shared may be written over, and scores read
-  }
-
- private:
-  static constexpr int kNotListed = -1;
-  struct Item {  // a chunk of the rows of a head
-    int head, count, first;
-    int keys, queries;  // buffers
-  };
-
-  const AttentionScoresArgs& a;
-  const Plan& plan;
-  const int64_t b;
-  Score scorer;
-  ScoreShared& shared;
-  int* const rows;
-  float* const columns;  // sums over a group of heads; in a cluster that shares heads, over each
-  int64_t first_key;
-  int first_group, own_groups, last_head;
-  Item item;
-  int parity = 0;
-
-  __device__ int key_head(int head) const { return head / static_cast<int>(a.heads / a.kv_heads); }
-
-  // Goes on to the next chunk that has rows; false: there is none.
-  __device__ bool find_next(Item* at) {
-    at->first += plan.memory.chunk_rows();
-    while (at->first >= at->count) {
-      if (++at->head >= last_head) return false;
-      at->first = 0;
-      if (a.head_index != nullptr || at->count == kNotListed)
-        at->count = list_rows(a, b, at->head, 0, a.selected, rows, shared.counts).count;
-    }
-    return true;
-  }
-
-  // Sends for a chunk of queries, and for keys unless those of its head are there.
-  __device__ void stage(Item* at, int key_head_there) {
-    at->queries ^= 1;
-    scorer.stage_queries(at->queries, at->head, {rows, at->count}, at->first);
-    if (key_head(at->head) != key_head_there) {
-      at->keys = (at->keys + 1) % plan.memory.buffers;
-      scorer.stage_keys(at->keys, at->head);
-    }
-    copy_async_commit();
-  }
-
-  __device__ void add_rows() {
-    for (int tile = 0; tile < plan.memory.row_tiles; ++tile, parity ^= 1) {
-      const int left = item.count - item.first - tile * kRowTile;
-      if (left <= 0) return;
-      typename Score::Logits e;
-      float most[2];
-      scorer.logits(item.keys, item.queries, tile, e);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (half == 1 && left <= 8) break;
-        most[half] = scorer.largest(e, half);
-        const float sum = scorer.over_columns(scorer.exponentials(e, half, most[half]));
-        if (Score::lane() % 4 == 0)
-          shared.sums.of[parity][half * 8 + Score::lane() / 4][Score::warp()] = {most[half], sum};
-      }
-      if (plan.shares_keys) cluster_sync();
-      else __syncthreads();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (half == 1 && left <= 8) break;
-        const int row = half * 8 + Score::lane() / 4;
-        const float weight = weight_of(row, most[half]);
-        scorer.add(e, half, row < left ? weight : 0.0f);
-      }
-    }
-  }
-
-  // The weight of exponentials against `most`: one over what all keys of the row add up to.
-  __device__ float weight_of(int row, float most) {
-    const unsigned blocks = plan.shares_keys ? cluster_size() : 1;
-    float highest = -kInfinity, sum = 0.0f;
-#pragma unroll 1
-    for (unsigned i = 0; i < blocks; ++i)
-      for (unsigned w = Score::lane() % 4; w < Score::warps(); w += 4)
-        highest = fmaxf(highest, sum_of(row, i, blocks, w).most);
-    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
-    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
-#pragma unroll 1
-    for (unsigned i = 0; i < blocks; ++i)
-      for (unsigned w = Score::lane() % 4; w < Score::warps(); w += 4)
-        sum += rescaled(sum_of(row, i, blocks, w), highest, scorer.factor);
-    sum = scorer.over_columns(sum);
-    return sum == 0.0f ? 0.0f : rescaled({most, 1.0f}, highest, scorer.factor) / sum;
-  }
-  __device__ RowSum sum_of(int row, unsigned block, unsigned blocks, unsigned warp) {
-    RowSum* own = &shared.sums.of[parity][row][warp];
-    return blocks == 1 ? *own : *cluster_map(own, block);
-  }
-
-  __device__ float factor() const {
-    return a.reduce == kMean && a.head_index == nullptr ? 1.0f / static_cast<float>(a.heads) : 1.0f;
-  }
-
-  __device__ int first_head_of(int group) const {
-    return static_cast<int>(a.heads) * group / static_cast<int>(plan.groups);
-  }
-  __device__ bool keeps_groups() const { return cluster_size() > 1 && !plan.shares_keys; }
-
-  // Writes what a head's rows add up to, or adds it to its group's.
-  __device__ void end_head(int head) {
-    if (a.reduce == kNone) {
-      float* scores = a.scores + (b * a.heads + head) * a.tokens;
-      scorer.take_columns([&](int n, float sum) { scores[n] = sum; });
-      return;
-    }
-    int group = first_group;
-    while (first_head_of(group + 1) <= head) ++group;
-    if (first_head_of(group + 1) != head + 1) return;
-    const int64_t skip = plan.shares_keys ? first_key : 0;
-    float* sums = columns - skip + (keeps_groups() ? (group - first_group) * a.tokens : 0);
-    const bool first = keeps_groups() || group == first_group;
-    scorer.take_columns([&](int n, float sum) { sums[n] = first ? sum : sums[n] + sum; });
-  }
-
-  __device__ void write_sums() {
-    float* scores = a.scores + b * a.tokens;
-    const int64_t begin = cluster_rank() * plan.part;
-    const int64_t end = min(a.tokens, begin + plan.part);
-    cluster_sync();
-    for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) {
-      float total = 0.0f;
-      if (keeps_groups())
-        for (unsigned r = 0; r < cluster_size(); ++r)
-          for (int group = 0; group < own_groups; ++group)
-            total += cluster_map(columns, r)[group * a.tokens + n];
-      else total = columns[plan.shares_keys ? n - first_key : n];
-      scores[n] = total * factor();
-    }
-  }
-};
-
-template <bool kWide>
-__global__ void __launch_bounds__(kScoreThreads, 1)
+template <int kType, int kTiles>
+__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kTiles, kScoreMajor))
     masking_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                    const __grid_constant__ Plan plan, bool selects) {
   char* const memory = shared_memory();
-  const int64_t sample = blockIdx.x / cluster_size();
-  SampleScores<kWide>(a.attention, plan, sample, memory).run();
+  const unsigned sample = blockIdx.x / plan.blocks, rank = blockIdx.x % plan.blocks;
+  SampleScores<kType, kTiles>(a.attention, plan, sample, rank, memory).run();
   if (!selects) return;
   select_sample(a.select, sample, memory);
   for (int i = 0; i < a.num_gathers; ++i) gather_sample(a.gathers[i], sample);
 }
 
-// How a sample is shared. `selects`: tokens are selected and gathered too.
-Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool selects) {
+// A plan for blocks that hold all keys of a sample, or 1 / blocks of them; its warps are 0 where
+// they do not fit into `room` bytes.
+Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, int groups,
+             int buffers, bool selects, int64_t room) {
   Plan plan = {};
-  if (a.selected > kMostListed) return plan;
-  const unsigned most_blocks = limits.major >= 9 ? kMostBlocks : 1;
-  const unsigned most_warps = score_warps(limits.major);
-  plan.groups = 1;
-  while (plan.groups < kMostBlocks && plan.groups * 2 <= a.heads) plan.groups *= 2;
-  int64_t extra = 0;
-  // as many warps as the keys of a block want
-  const auto fits = [&](unsigned key_blocks, int buffers) {
-    const int64_t keys = (a.tokens + key_blocks - 1) / key_blocks;
-    const int64_t columns = keys * (key_blocks > 1 ? 1 : (plan.groups + 1) / 2);
-    extra = sizeof(ScoreShared) + (a.selected + columns) * int64_t{sizeof(float)};
-    plan.warps = 1;
-    while (plan.warps < most_warps && plan.warps * kTiles * 8 < keys) plan.warps *= 2;
-    plan.memory = score_memory(a, plan.warps, buffers, limits.shared_bytes - extra);
-    return plan.memory.keys(plan.warps) >= keys;
-  };
-  unsigned key_blocks = 1;
-  while (!fits(key_blocks, 1))
-    if ((key_blocks *= 2) > most_blocks) return plan;
-  if (!fits(key_blocks, 2)) fits(key_blocks, 1);
-  plan.shares_keys = key_blocks > 1;
-  plan.blocks = key_blocks;
-  while (!plan.shares_keys && plan.blocks * 2 <= std::min(most_blocks, plan.groups) &&
-         a.batch * plan.blocks * 2 * plan.warps <= limits.multiprocessors * int64_t{most_warps})
-    plan.blocks *= 2;
-  plan.part = (a.tokens + plan.blocks - 1) / plan.blocks;
-  const size_t selection = selects ? select_sample_bytes(a.tokens) : 0;
-  plan.shared_bytes = std::max(plan.memory.bytes(plan.warps) + extra, selection);
-  plan.possible = true;
+  plan.blocks = blocks;
+  plan.shares_keys = shares_keys;
+  plan.groups = groups;
+  plan.part = (a.tokens + blocks - 1) / blocks;
+  const int64_t keys = shares_keys ? plan.part : a.tokens;
+  plan.tiles = keys <= int64_t{kScoreWarps} * kFewTiles * 8 ? kFewTiles : kManyTiles;
+  unsigned warps = 1;
+  while (warps < kScoreWarps && warps * kFewTiles * 8 < keys) warps *= 2;
+  const int64_t sets = a.reduce == kNone ? 0 : blocks > 1 && !shares_keys ? groups / blocks : 1;
+  const size_t row_sums = sizeof(RowSumPair) * 2 * kRowTile * kPairs;
+  const size_t block_sums = sizeof(RowSum) * 2 * kRowTile;
+  const size_t own = row_sums + block_sums + sizeof(int) * (kScoreWarps + a.selected) +
+                     sizeof(float) * static_cast<size_t>(sets * keys);
+  plan.memory = score_memory(a, warps, plan.tiles, keys, buffers, room - static_cast<int64_t>(own));
+  if (plan.memory.keys(warps) < keys) return plan;
+  plan.warps = warps;
+  plan.row_sums = plan.memory.bytes(warps);
+  plan.block_sums = plan.row_sums + row_sums;
+  plan.counts = plan.block_sums + block_sums;
+  plan.rows = plan.counts + sizeof(int) * kScoreWarps;
+  plan.columns = plan.rows + sizeof(int) * a.selected;
+  plan.bytes = plan.row_sums + own;
+  if (selects) plan.bytes = std::max(plan.bytes, select_sample_bytes(a.tokens));
   return plan;
 }
 
-// Launches it where a cluster of blocks can hold the keys of a sample.
-int launch_masking(const SelfGuidedMaskingArgs& a, bool selects, const Place& place,
-                   bool* possible) {
+// The best plan; its warps are 0 where there is none. Whether keys are shared, and the groups, do
+// not depend on the batch. `selects`: tokens are selected and gathered too.
+Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool selects) {
+  if (std::max(a.selected, a.heads) > kMostListed) return {};
+  const unsigned most_blocks = limits.major == 9  ? kMostBlocks
+                               : limits.major > 9 ? kPortableCluster
+                                                  : 1;
+  const bool apart = a.reduce == kNone;
+  int groups = 1;
+  while (groups < kMostGroups && groups * 2 <= a.heads) groups *= 2;
+  if (apart) groups = static_cast<int>(a.heads);
+  const auto plan_for = [&](unsigned blocks, bool shares_keys) {
+    // two blocks on a multiprocessor go before a second place for keys
+    const int64_t half = (limits.shared_bytes - int64_t{kReservedShared}) / 2;
+    Plan best = {};
+    for (const int64_t room : {half, int64_t{limits.shared_bytes}})
+      for (const int buffers : {2, 1}) {
+        const Plan plan = plan_of(a, blocks, shares_keys, groups, buffers, selects, room);
+        const bool alone =
+            score_blocks(a.dtype, plan.tiles, limits.major) == 1;  // whatever its memory
+        if (plan.warps > 0 && best.warps == 0 && (!alone || room > half)) best = plan;
+      }
+    return best;
+  };
+  if (apart) return plan_for(static_cast<unsigned>(a.heads), false);
+  Plan plan = plan_for(1, false);
+  if (plan.warps == 0 && selects)
+    for (unsigned blocks = 2; plan.warps == 0 && blocks <= most_blocks; blocks *= 2)
+      plan = plan_for(blocks, true);
+  if (plan.warps == 0 || plan.shares_keys) return plan;
+  // few samples: as many blocks for each as the GPU has room for
+  const int64_t at_once = limits.multiprocessors * score_blocks(a.dtype, plan.tiles, limits.major);
+  const unsigned most = std::min<unsigned>(std::min(most_blocks, kPortableCluster), groups);
+  for (unsigned blocks = 2; blocks <= most; blocks *= 2) {
+    const Plan more = plan_for(blocks, false);
+    if (more.warps == 0 || a.batch * blocks > at_once) break;
+    plan = more;
+  }
+  return plan;
+}
+
+using MaskingKernel = void (*)(SelfGuidedMaskingArgs, Plan, bool);
+
+template <int kTiles>
+MaskingKernel kernel_of(int dtype) {
+  return dtype == kFloat32    ? masking_kernel<kFloat32, kTiles>
+         : dtype == kBFloat16 ? masking_kernel<kBFloat16, kTiles>
+                              : masking_kernel<kFloat16, kTiles>;
+}
+
+// Launches it where a cluster of blocks can hold the keys of a sample; else kNotAtOnce.
+int launch_masking(const SelfGuidedMaskingArgs& a, bool selects, const Place& place) {
   const OnDevice on(place);
-  *possible = on.error() != cudaSuccess;
-  if (*possible) return on.error();
+  if (on.error() != cudaSuccess) return on.error();
   const Plan plan = plan_of(a.attention, limits_of(place.device), selects);
-  *possible = plan.possible;
-  if (!plan.possible) return 0;
-  const Grid grid = {dim3(static_cast<unsigned>(a.attention.batch * plan.blocks)),
-                     plan.warps * kWarp, plan.shared_bytes, plan.blocks};
-  return launch(a.attention.dtype == kFloat32 ? masking_kernel<true> : masking_kernel<false>, grid,
-                place, a, plan, selects);
+  if (plan.warps == 0) return kNotAtOnce;
+  const int64_t blocks = a.attention.batch * plan.blocks;
+  if (blocks > INT32_MAX) return kNotAtOnce;
+  const MaskingKernel kernel = plan.tiles == kFewTiles ? kernel_of<kFewTiles>(a.attention.dtype)
+                                                       : kernel_of<kManyTiles>(a.attention.dtype);
+  const unsigned cluster = a.attention.reduce == kNone ? 1 : plan.blocks;
+  const Grid grid = {dim3(static_cast<unsigned>(blocks)), plan.warps * kWarp, plan.bytes, cluster};
+  if (cluster <= kPortableCluster) return launch(kernel, grid, place, a, plan, selects);
+  // not every GPU has room for so large a cluster
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) error = launch(kernel, grid, place, a, plan, selects);
+  if (error == cudaSuccess) return error;
+  cudaGetLastError();  // it is not the next launch's
+  return kNotAtOnce;
 }
 
 bool small_rows(const SelfGuidedMaskingArgs& a) {  // whose words 32 bits can count
@@ -286,20 +139,17 @@ bool small_rows(const SelfGuidedMaskingArgs& a) {  // whose words 32 bits can co
 
 }  // namespace
 
-int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place, bool* possible) {
+int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place) {
   SelfGuidedMaskingArgs all = {};
   all.attention = a;
-  return launch_masking(all, false, place, possible);
+  return launch_masking(all, false, place);
 }
 
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place) {
   if (a.attention.batch == 0) return 0;
-  if (small_rows(a)) {
-    bool possible = false;
-    const int error = launch_masking(a, true, place, &possible);
-    if (possible) return error;
-  }
-  int error = attention_scores(a.attention, place);
+  int error = small_rows(a) ? launch_masking(a, true, place) : kNotAtOnce;
+  if (error != kNotAtOnce) return error;
+  error = attention_scores(a.attention, place);
   if (error == 0) error = select_tokens(a.select, place);
   for (int i = 0; i < a.num_gathers && error == 0; ++i) error = gather_tokens(a.gathers[i], place);
   return error;

@@ -56,10 +56,7 @@ void multiply(void* const* operands, Unpack unpack) {
   }
 }
 
-void finish(const Copy& copy) {
-  memset(copy.to, 0, 16);
-  memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-}
+void finish(const Copy& copy) { memcpy(copy.to, copy.from, 16); }
 
 }  // namespace
 
@@ -152,15 +149,14 @@ char* cluster_map(char* at, unsigned rank) {
   return cluster.blocks[rank].shared + (at - own);
 }
 
-void copy_async(void* to, const void* from, int bytes) {
+void copy_async(void* to, const void* from) {
   const char* own = current->block->shared;
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
     fail("copy_async_16 at a misaligned address");
   if (to < own || static_cast<char*>(to) + 16 > own + cluster.shared_bytes)
     fail("copy_async_16 beyond the shared memory of the block");
-  if (bytes < 0 || bytes > 16) fail("copy_async_16 of " + std::to_string(bytes) + " bytes");
   memset(to, 0xFF, 16);
-  current->copies.push_back({to, from, bytes});
+  current->copies.push_back({to, from});
   ++current->uncommitted;
 }
 

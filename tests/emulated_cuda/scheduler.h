@@ -56,7 +56,6 @@ struct Block {
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
 };
 
 struct Fiber {

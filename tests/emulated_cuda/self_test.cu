@@ -103,14 +103,12 @@ __global__ void cluster_sums(const int* values, int* sums) {
   if (kStays) cluster_sync();  // before its memory goes
 }
 
-// each thread keeps two copies under way; the last takes 4 bytes only
+// each thread keeps two copies under way
 template <int kLeft>
 __global__ void copy_rows(const uint4* from, uint4* to, int rows) {
   uint4* buffer = reinterpret_cast<uint4*>(shared_memory()) + 2 * threadIdx.x;
   const auto start = [&](int row) {
-    if (row < rows)
-      copy_async_16(buffer + row % 2, from + row * blockDim.x + threadIdx.x,
-                    row == rows - 1 ? 4 : 16);
+    if (row < rows) copy_async_16(buffer + row % 2, from + row * blockDim.x + threadIdx.x);
     copy_async_commit();
   };
   start(0);

@@ -23,7 +23,7 @@ inline void mma(const WarpOperation& operation, float* d, const uint32_t* a, uin
   warp_wait(operation, ~0u, &operands);
 }
 
-void copy_async(void* shared, const void* global, int bytes);
+void copy_async(void* shared, const void* global);
 void copy_async_wait(size_t left);
 char* cluster_map(char* shared, unsigned rank);
 float half_to_float(uint16_t bits);
@@ -44,6 +44,7 @@ inline char* shared_memory() { return emulated::current->block->shared; }
 
 // a subnormal result is zero, as on the GPU
 inline float exp2_fast(float x) { return x < -126 ? 0 : exp2f(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = __float_as_uint(x);
@@ -73,8 +74,8 @@ T* cluster_map(T* shared, unsigned rank) {
 }
 
 // the bytes arrive with the wait; from here to there they are undefined
-inline void copy_async_16(void* shared, const void* global, int bytes) {
-  emulated::copy_async(shared, global, bytes);
+inline void copy_async_16(void* shared, const void* global) {
+  emulated::copy_async(shared, global);
 }
 inline void copy_async_commit() {
   emulated::current->groups.push_back(emulated::current->uncommitted);

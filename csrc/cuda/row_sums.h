@@ -1,0 +1,91 @@
+// What a row of attention adds up to, kept so that parts of it can be put together, and which rows
+// a head has.
+#pragma once
+#include "../args.h"
+#include "device.h"
+
+namespace sma {
+namespace cuda {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kMostFloat = 3.402823466e38f;
+
+// Of a row's exponentials: the largest logit, times log2(e), and the sum of exp2 of what all lie
+// below it.
+struct RowSum {
+  float most, sum;
+};
+
+// What exponents are counted from: -inf less -inf would be NaN.
+__device__ inline float base_of(float most) { return fmaxf(most, -kMostFloat); }
+
+// What a sum against its largest logit is against another one.
+__device__ inline float rescaled(RowSum x, float most) {
+  return x.sum * exp2_fast(x.most - base_of(most));
+}
+__device__ inline RowSum join(RowSum x, RowSum y) {
+  const float most = fmaxf(x.most, y.most);
+  return {most, rescaled(x, most) + rescaled(y, most)};
+}
+
+// Over the four lanes that share a row of an mma.
+__device__ inline float most_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+__device__ inline float sum_of_row(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+// The parts of a row that its four lanes hold, kParts each, put together.
+template <int kParts>
+__device__ RowSum join_row(const RowSum (&parts)[kParts]) {
+  RowSum all = {parts[0].most, 0.0f};
+#pragma unroll
+  for (int i = 1; i < kParts; ++i) all.most = fmaxf(all.most, parts[i].most);
+  all.most = most_of_row(all.most);
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) all.sum += rescaled(parts[i], all.most);
+  all.sum = sum_of_row(all.sum);
+  return all;
+}
+
+// Which rows of queries a head has: positions in the query, in order.
+struct RowList {
+  const int* rows;
+  int count;
+};
+
+// Lists the queries of a head among the candidates [first, last) in `rows`. All threads of a block
+// call it; `counts` has a place for each warp.
+__device__ inline RowList list_rows(const AttentionScoresArgs& a, int64_t b, int64_t head,
+                                    int64_t first, int64_t last, int* rows, int* counts) {
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int total = 0;
+#pragma unroll 1
+  for (int64_t from = first; from < last; from += blockDim.x) {
+    const int64_t r = from + threadIdx.x;
+    int64_t query = -1;
+    if (r < last) {
+      query = a.query_index == nullptr ? r : a.query_index[b * a.selected + r];
+      if (query >= a.queries) query = -1;
+      if (a.head_index != nullptr && a.head_index[b * a.selected + r] != head) query = -1;
+    }
+    const unsigned takes = __ballot_sync(kAllLanes, query >= 0);
+    if (lane == 0) counts[warp] = __popc(takes);
+    __syncthreads();
+    int before = total;
+#pragma unroll 1
+    for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
+      if (w < warp) before += counts[w];
+      total += counts[w];
+    }
+    if (query >= 0) rows[before + __popc(takes & ((1u << lane) - 1))] = static_cast<int>(query);
+    __syncthreads();  // the counts are read, the rows written
+  }
+  return {rows, total};
+}
+
+}  // namespace cuda
+}  // namespace sma

@@ -1,0 +1,246 @@
+// The scores of one sample, by a block or by a cluster of blocks.
+//
+// Blocks share the heads where one can hold the keys of a sample, else the keys. For every 16 rows
+// the warps turn their logits into exponentials once, against the largest of their own, tell each
+// other (the largest, the sum), and add the exponentials to their columns with the weight that
+// follows. Heads are added up in groups that do not depend on the number of blocks, and the groups
+// in their order, so neither do the bits of the result.
+#pragma once
+#include "scores.h"
+
+namespace sma {
+namespace cuda {
+
+constexpr unsigned kMostBlocks = 16;  // of a cluster
+constexpr int kQuad = 4;              // lanes that share a row
+
+// Sums of a row, two at a time: what a lane reads at once.
+struct alignas(16) RowSumPair {
+  RowSum of[2];
+};
+constexpr int kPairs = kScoreWarps / 2;
+static_assert(kPairs == kQuad, "each lane of a row reads the sums of two warps");
+
+// How a sample is shared.
+struct Plan {
+  unsigned blocks;   // of a sample; they are a cluster unless heads stay apart
+  unsigned warps;    // of a block
+  int tiles;         // of 8 keys that the kernel's warps can take
+  int groups;        // of heads, added up in order; where heads stay apart, each is one
+  bool shares_keys;  // else heads
+  int64_t part;      // tokens of a block: of its selection and, where it shares keys, its keys
+  ScoreMemory memory;
+  // Where things lie in shared memory, behind the Scorer's.
+  size_t row_sums;    // RowSumPair [parity][row][kPairs]: of each warp
+  size_t block_sums;  // RowSum [parity][row]: of all warps, for the other blocks
+  size_t counts;      // int [warp]
+  size_t rows;        // int [selected]: the queries of a head
+  size_t columns;     // float [groups of this block, or one][keys]
+  size_t bytes;
+};
+
+template <int kType, int kTiles>
+class SampleScores {
+ public:
+  using Score = Scorer<kType, kTiles>;
+
+  __device__ SampleScores(const AttentionScoresArgs& args, const Plan& plan, int64_t sample,
+                          unsigned rank, char* shared)
+      : a(args),
+        plan(plan),
+        b(sample),
+        rank(rank),
+        scorer(args, plan.memory, sample, shared),
+        row_sums(reinterpret_cast<RowSumPair (*)[kRowTile][kPairs]>(shared + plan.row_sums)),
+        block_sums(reinterpret_cast<RowSum (*)[kRowTile]>(shared + plan.block_sums)),
+        counts(reinterpret_cast<int*>(shared + plan.counts)),
+        rows(reinterpret_cast<int*>(shared + plan.rows)),
+        columns(reinterpret_cast<float*>(shared + plan.columns)) {
+    first_key = plan.shares_keys ? min(a.tokens, rank * plan.part) : 0;
+    last_head = first_head_of(first_group() + own_groups());
+    // warps that are not there stay at this
+    for (unsigned i = threadIdx.x; i < 2 * kRowTile * kPairs; i += blockDim.x)
+      row_sums[0][0][i] = {{{-kInfinity, 0.0f}, {-kInfinity, 0.0f}}};
+  }
+
+  __device__ void run() {
+    scorer.look_at(first_key, plan.shares_keys ? min(a.tokens, first_key + plan.part) : a.tokens);
+    int head = first_head_of(first_group());  // the first whose columns are not written
+    Item next = {head - 1, kNotListed, 0, 0, 0};
+    bool here = false, more = true;  // is there a chunk of rows, and one behind it?
+    while (more) {
+      const Item item = next;
+      if (here) {
+        copy_async_wait<0>();
+        __syncthreads();
+      }
+      more = find_next(&next);
+      const bool other_keys = !here || key_head(next.head) != key_head(item.head);
+      // Where there is one place for keys, others are sent for when these are used: no thread reads
+      // another's.
+      const int turn = here && other_keys && plan.memory.buffers == 1;
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        if (more && i == turn) stage(&next, other_keys);
+        if (here && i == 0) add_rows(item);
+      }
+      const int until = more ? next.head : last_head;
+#pragma unroll 1
+      for (; head < until; ++head) end_head(head);
+      here = true;
+    }
+    if (a.reduce != kNone) write_sums();
+    cluster_sync();  // what is shared may be written over, and scores read
+  }
+
+ private:
+  static constexpr int kNotListed = -1;
+  struct Item {  // a chunk of the rows of a head
+    int head, count, first;
+    int keys, queries;  // buffers
+  };
+
+  const AttentionScoresArgs& a;
+  const Plan& plan;
+  const int64_t b;
+  const unsigned rank;  // of this block among those of the sample
+  Score scorer;
+  RowSumPair (*const row_sums)[kRowTile][kPairs];
+  RowSum (*const block_sums)[kRowTile];
+  int* const counts;
+  int* const rows;
+  float* const columns;
+  int64_t first_key;
+  int last_head;
+  int parity = 0;
+
+  __device__ int key_head(int head) const { return head / plan.memory.sharing; }
+
+  // Goes on to the next chunk that has rows; false: there is none.
+  __device__ bool find_next(Item* at) {
+    at->first += plan.memory.chunk_rows();
+    while (at->first >= at->count) {
+      if (++at->head >= last_head) return false;
+      at->first = 0;
+      if (a.head_index != nullptr || at->count == kNotListed)
+        at->count = list_rows(a, b, at->head, 0, a.selected, rows, counts).count;
+    }
+    return true;
+  }
+
+  // Sends for a chunk of queries, and for the keys of its head.
+  __device__ void stage(Item* at, bool other_keys) {
+    at->queries ^= 1;
+    scorer.stage_queries(at->queries, at->head, {rows, at->count}, at->first);
+    if (other_keys) {
+      at->keys = plan.memory.buffers - 1 - at->keys;
+      scorer.stage_keys(at->keys, key_head(at->head));
+    }
+    copy_async_commit();
+  }
+
+  __device__ void add_rows(const Item& item) {
+#pragma unroll 1
+    for (int tile = 0; tile < plan.memory.row_tiles; ++tile, parity ^= 1) {
+      const int left = item.count - item.first - tile * kRowTile;
+      if (left <= 0) return;
+      typename Score::Logits e;
+      float most[2];
+      scorer.logits(item.keys, item.queries, tile, e);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half == 1 && left <= 8) break;
+        const RowSum own = scorer.exponentials(e, half);
+        most[half] = own.most;
+        const unsigned warp = Score::warp();
+        if (Score::lane() % kQuad == 0) row_sums[parity][row_of(half)][warp / 2].of[warp % 2] = own;
+      }
+      __syncthreads();
+      if (plan.shares_keys) tell_blocks();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half == 1 && left <= 8) break;
+        const RowSum all = plan.shares_keys ? of_blocks(row_of(half)) : of_warps(row_of(half));
+        const float weight =
+            all.sum == 0.0f ? 0.0f
+                            : rescaled({most[half], 1.0f}, all.most) * reciprocal_fast(all.sum);
+        scorer.add(e, half, row_of(half) < left ? weight : 0.0f);
+      }
+    }
+  }
+
+  static __device__ int row_of(int half) {
+    return half * 8 + static_cast<int>(Score::lane()) / kQuad;
+  }
+
+  // What the keys of this block add up to.
+  __device__ RowSum of_warps(int row) const {
+    const RowSumPair pair = row_sums[parity][row][Score::lane() % kQuad];
+    return join_row(pair.of);
+  }
+
+  // What the keys of all blocks add up to.
+  __device__ void tell_blocks() {
+    if (Score::warp() < 2) {
+      const int row = row_of(static_cast<int>(Score::warp()));
+      const RowSum all = of_warps(row);
+      if (Score::lane() % kQuad == 0) block_sums[parity][row] = all;
+    }
+    cluster_sync();
+  }
+  __device__ RowSum of_blocks(int row) const {
+    RowSum parts[kMostBlocks / kQuad];
+#pragma unroll
+    for (unsigned i = 0; i < kMostBlocks / kQuad; ++i) {
+      const unsigned block = Score::lane() % kQuad + i * kQuad;
+      parts[i] = {-kInfinity, 0.0f};
+      if (block < plan.blocks) parts[i] = *cluster_map(&block_sums[parity][row], block);
+    }
+    return join_row(parts);
+  }
+
+  // Of the groups that this block adds up: how many, and the first.
+  __device__ int own_groups() const {
+    return plan.shares_keys ? plan.groups : plan.groups / static_cast<int>(plan.blocks);
+  }
+  __device__ int first_group() const {
+    return plan.shares_keys ? 0 : static_cast<int>(rank) * own_groups();
+  }
+  __device__ int first_head_of(int group) const {
+    return static_cast<int>(a.heads) * group / plan.groups;
+  }
+  __device__ bool keeps_groups() const { return plan.blocks > 1 && !plan.shares_keys; }
+
+  // Writes what a head's rows add up to, or adds it to its group's.
+  __device__ void end_head(int head) {
+    const int group = (plan.groups * (head + 1) - 1) / static_cast<int>(a.heads);
+    if (first_head_of(group + 1) != head + 1) return;
+    float* sums = columns - first_key + (keeps_groups() ? (group - first_group()) * a.tokens : 0);
+    bool first = keeps_groups() || group == first_group();
+    if (a.reduce == kNone) {
+      sums = a.scores + (b * a.heads + head) * a.tokens;
+      first = true;
+    }
+    scorer.take_columns([&](int n, float sum) { sums[n] = first ? sum : sums[n] + sum; });
+  }
+
+  __device__ void write_sums() {
+    float factor = 1.0f;
+    if (a.reduce == kMean && a.head_index == nullptr) factor /= static_cast<float>(a.heads);
+    float* scores = a.scores + b * a.tokens;
+    const int64_t begin = rank * plan.part, end = min(a.tokens, begin + plan.part);
+    cluster_sync();
+    for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) {
+      float total = 0.0f;
+      if (keeps_groups())
+        for (unsigned r = 0; r < plan.blocks; ++r)
+          for (int group = 0; group < own_groups(); ++group)
+            total += cluster_map(columns, r)[group * a.tokens + n];
+      else total = columns[n - first_key];
+      scores[n] = total * factor;
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace sma
