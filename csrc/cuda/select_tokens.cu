@@ -10,9 +10,17 @@ constexpr int64_t kMostCluster = 8;    // blocks that every GPU with clusters ca
 constexpr int64_t kLargeCluster = 16;  // and that some can
 constexpr int64_t kLargePart = 16384;  // tokens of a block above which these are better
 
+// From 12.0 on the kernel takes more registers than 1024 threads can have.
+constexpr unsigned select_threads(int major) { return major >= 12 ? 512 : 1024; }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr unsigned kSelectThreads = select_threads(12);
+#else
+constexpr unsigned kSelectThreads = select_threads(0);
+#endif
+
 // The part's keys lie behind SelectShared in shared memory where kHeld says so.
 template <bool kHeld, bool kPlain, bool kTogether>
-__global__ void __launch_bounds__(1024, 1)
+__global__ void __launch_bounds__(kSelectThreads, 1)
     select_kernel(const __grid_constant__ SelectTokensArgs a, unsigned part_tokens) {
   auto* const shared = reinterpret_cast<SelectShared*>(shared_memory());
   auto* const keys = kHeld ? reinterpret_cast<uint32_t*>(shared + 1) : nullptr;
@@ -33,13 +41,13 @@ int64_t blocks_of_row(const SelectTokensArgs& a, const DeviceLimits& limits, int
   return large && limits.large_clusters ? kLargeCluster : blocks;
 }
 
-unsigned threads_of(int64_t part) {
+unsigned threads_of(int64_t part, int major) {
   return part <= 64      ? 32
          : part <= 256   ? 64
          : part <= 1024  ? 128
          : part <= 4096  ? 256
          : part <= 16384 ? 512
-                         : 1024;
+                         : select_threads(major);
 }
 
 template <bool kHeld, bool kPlain>
@@ -64,7 +72,7 @@ int select_tokens(const SelectTokensArgs& a, const Place& place) {
   if (a.batch * blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const int64_t part = (a.tokens + blocks - 1) / blocks;
   const bool held = part <= most_held, plain = is_plain(a);
-  Grid grid = {dim3(static_cast<unsigned>(a.batch * blocks)), threads_of(part),
+  Grid grid = {dim3(static_cast<unsigned>(a.batch * blocks)), threads_of(part, limits.major),
                sizeof(SelectShared) + (held ? held_bytes(part) : 0), static_cast<unsigned>(blocks)};
   grid.prefers_shared = true;
   return launch(held ? kernel_of<true>(plain, blocks > 1) : kernel_of<false>(plain, blocks > 1),
