@@ -37,6 +37,10 @@ __device__ inline uint32_t to_tf32(float x) {
   return y;
 }
 
+__device__ inline float half_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+
 // d += a b: a (16, k), b (k, 8), d (16, 8), spread over the lanes as PTX says.
 #define SMA_MMA(name, shape, types)                                                              \
   __device__ inline void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \

@@ -10,6 +10,8 @@ namespace cuda {
 
 // Beside CUDA's errors: queries and keys are too wide for shared memory.
 constexpr int kRowsTooLong = -1;
+// The vectors of a sample of so many tokens are too long for it.
+constexpr int kTooManyTokens = -2;
 
 struct Place {
   int device;
@@ -20,6 +22,7 @@ int attention_scores(const AttentionScoresArgs& a, const Place& place);
 // The same in one launch, where `possible` says that it could.
 int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place, bool* possible);
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
+int bipartition(const BipartitionArgs& a, const Place& place);
 int gather_tokens(const GatherTokensArgs& a, const Place& place);
 int restore_tokens(const RestoreTokensArgs& a, const Place& place);
 int select_tokens(const SelectTokensArgs& a, const Place& place);
