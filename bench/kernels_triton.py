@@ -175,6 +175,15 @@ def _cases() -> dict[str, list[tuple]]:
             (empty(2, 196, 768, dtype=half), empty(2, 196), 0.75),
             (empty(1, 16384, 8), empty(1, 16384), 0.75),
         ],
+        "bipartition": [
+            (empty(2, 196, 768), none, "ncut", 64, 1e-4),
+            (empty(2, 196, 768, dtype=half), padding[:, :196], "pca", 64, 1e-4),
+            (empty(2, 768, 196).transpose(1, 2), none, "ncut", 64, 1e-4),
+            (empty(2, 64, 48, dtype=half), none, "ncut", 64, 1e-4),
+            (empty(2, 4096, 768), none, "ncut", 64, 1e-4),
+            (empty(2, 4096, 768, dtype=half), none, "ncut", 64, 1e-4),
+            (empty(2, 2048, 768, dtype=half), none, "ncut", 64, 1e-4),
+        ],
     }
 
 

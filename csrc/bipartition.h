@@ -8,6 +8,7 @@
 // of more than kStoredTokens tokens have no matrix: it is applied as x (x^T v).
 #pragma once
 #include "attention_scores.h"
+#include "small_eigen.h"
 
 namespace sma {
 namespace SMA_ISA {
@@ -29,48 +30,6 @@ inline void add_times(float* x, const float* y, float factor, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(x + i, load<Vf>(x + i) + load<Vf>(y + i) * factor);
   for (; i < n; ++i) x[i] += y[i] * factor;
-}
-
-// Eigenvalues, descending, and eigenvectors (columns of `turn`) of a small symmetric matrix.
-inline void small_eigen(double (&m)[kVectors][kVectors], int size, double* values,
-                        double (&turn)[kVectors][kVectors]) {
-  for (int i = 0; i < kVectors; ++i)
-    for (int j = 0; j < kVectors; ++j) turn[i][j] = i == j;
-  for (int sweep = 0; sweep < 8; ++sweep)  // Jacobi: quadratic convergence
-    for (int p = 0; p < size; ++p)
-      for (int q = p + 1; q < size; ++q) {
-        if (m[p][q] == 0) continue;
-        const double theta = (m[q][q] - m[p][p]) / (2 * m[p][q]);
-        const double t = (theta < 0 ? -1 : 1) /
-                         ((theta < 0 ? -theta : theta) + __builtin_sqrt(theta * theta + 1));
-        const double c = 1 / __builtin_sqrt(t * t + 1), s = t * c;
-        for (int k = 0; k < size; ++k) {
-          const double x = m[k][p], y = m[k][q];
-          m[k][p] = c * x - s * y;
-          m[k][q] = s * x + c * y;
-        }
-        for (int k = 0; k < size; ++k) {
-          const double x = m[p][k], y = m[q][k];
-          m[p][k] = c * x - s * y;
-          m[q][k] = s * x + c * y;
-          const double u = turn[k][p], v = turn[k][q];
-          turn[k][p] = c * u - s * v;
-          turn[k][q] = s * u + c * v;
-        }
-      }
-  for (int i = 0; i < size; ++i) values[i] = m[i][i];
-  for (int i = 0; i < size; ++i)
-    for (int j = i + 1; j < size; ++j)
-      if (values[j] > values[i]) {
-        const double value = values[i];
-        values[i] = values[j];
-        values[j] = value;
-        for (int k = 0; k < size; ++k) {
-          const double u = turn[k][i];
-          turn[k][i] = turn[k][j];
-          turn[k][j] = u;
-        }
-      }
 }
 
 // Scratch of a thread.
@@ -157,7 +116,8 @@ class Cut {
       double sum = 0;
       for (int64_t d = 0; d < a.width; ++d) sum += static_cast<double>(at(i, d)) * at(i, d);
       if (!(sum < __builtin_huge_val())) return false;
-      scale[i] = sum > 0 ? static_cast<float>(1 / __builtin_sqrt(sum)) : 0.0f;
+      // of a row of subnormals the float would be infinite
+      scale[i] = sum > 0 ? static_cast<float>(smaller(1 / __builtin_sqrt(sum), 3e38)) : 0.0f;
     }
     return true;
   }
@@ -302,8 +262,8 @@ class Cut {
   }
 
   // Turns the vectors to the eigenvectors between them; says whether the first is near enough.
-  bool turn_to_eigenvectors(int size, double* values) {
-    double m[kVectors][kVectors], turn[kVectors][kVectors];
+  bool turn_to_eigenvectors(int size, double (&values)[kVectors]) {
+    double m[kVectors][kVectors] = {}, turn[kVectors][kVectors];
     for (int p = 0; p < size; ++p)
       for (int q = 0; q < size; ++q)
         m[p][q] = dot(vectors + p * plan.padded, products + q * plan.padded, n);

@@ -178,6 +178,9 @@ std::string shapes(const RestoreTokensArgs& a) {
 std::string shapes(const SelfGuidedMaskingArgs& a) {
   return shapes(a.attention) + ", " + std::to_string(a.num_gathers) + " tensors of tokens";
 }
+std::string shapes(const BipartitionArgs& a) {
+  return "embeddings " + shape({a.batch, a.tokens, a.width});
+}
 
 // Runs an op, on a GPU where it has a kernel there, without the interpreter lock.
 template <class Args>
@@ -208,8 +211,8 @@ void run(void (*on_processor)(const Args&), const Args& a) {
 
 std::vector<std::string> cuda_ops() {
 #ifdef SMA_CUDA_ARCHS
-  return {"attention_scores", "select_tokens", "gather_tokens", "restore_tokens",
-          "self_guided_masking"};
+  return {"attention_scores", "select_tokens",       "gather_tokens",
+          "restore_tokens",   "self_guided_masking", "bipartition"};
 #else
   return {};
 #endif
@@ -513,7 +516,7 @@ void bipartition(Address embeddings, int dtype, int64_t batch, int64_t tokens, i
   uint8_t not_finite = 0;
   a.not_finite = &not_finite;
   check_length("embeddings", tokens);
-  run(kernels()->bipartition, a);
+  run("bipartition", kernels()->bipartition, SMA_CUDA(bipartition), a, where);
   if (not_finite)
     throw py::value_error("embeddings: holds NaN or infinity, allowed are finite numbers");
 }

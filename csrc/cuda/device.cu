@@ -64,6 +64,9 @@ std::string error_text(int error) {
   if (error == kRowsTooLong)
     return "the heads are too wide for this GPU's shared memory. Use the backend triton or "
            "reference";
+  if (error == kTooManyTokens)
+    return "the tokens of a sample are too many for this GPU's shared memory. Use the backend "
+           "reference, or triton where a sample has at most 4096 tokens";
   const auto code = static_cast<cudaError_t>(error);
   std::string text = cudaGetErrorString(code);
   if (code == cudaErrorNoKernelImageForDevice)

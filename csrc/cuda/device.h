@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #ifdef __CUDACC__
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #else
 #include "emulated_cuda.h"
@@ -40,6 +41,10 @@ __device__ inline uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
+}
+
+__device__ inline float half_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
 }
 
 // d += a b: a (16, k), b (k, 8), d (16, 8), spread over the lanes as PTX says. Those of tf32 keep

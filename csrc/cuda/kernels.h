@@ -12,6 +12,8 @@ namespace cuda {
 constexpr int kRowsTooLong = -1;
 // The keys of a sample are too many for one launch: take several.
 constexpr int kNotAtOnce = -2;
+// The vectors of a sample of so many tokens are too long for it.
+constexpr int kTooManyTokens = -3;
 
 struct Place {
   int device;
@@ -22,6 +24,7 @@ int attention_scores(const AttentionScoresArgs& a, const Place& place);
 // The same in one launch, or kNotAtOnce.
 int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place);
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
+int bipartition(const BipartitionArgs& a, const Place& place);
 int gather_tokens(const GatherTokensArgs& a, const Place& place);
 int restore_tokens(const RestoreTokensArgs& a, const Place& place);
 int select_tokens(const SelectTokensArgs& a, const Place& place);
