@@ -21,10 +21,12 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h'
 demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
 
-# Triton's interpreter, which takes half of the time, in a process beside the others
-TEST = TRITON_INTERPRET=1 SMA_FAST_REQUIRE=cpu,triton,peers,build,train$(GOLDEN)$(NVCC) $(BIN)/pytest
+# Triton's interpreter and the emulator of CUDA, which take half of the time, in a process beside
+TEST = TRITON_INTERPRET=1 \
+    SMA_FAST_REQUIRE=cpu,triton,emulated,peers,build,train$(GOLDEN)$(NVCC) $(BIN)/pytest
+SLOW = interpreted or emulated
 test: .venv/installed
-	$(TEST) -m interpreted -p no:cacheprovider & $(TEST) -m "not interpreted"; rest=$$?; wait $$! && exit $$rest
+	$(TEST) -m "$(SLOW)" -p no:cacheprovider & $(TEST) -m "not ($(SLOW))"; rest=$$?; wait $$! && exit $$rest
 
 bench: .venv/installed
 	mkdir -p $(dir $(RESULT))
@@ -43,7 +45,7 @@ kernels-report: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 # On a machine with a GPU: tests, benchmarks, compute-sanitizer; GPU holds more options of bench.gpu.
 # Already there: torch built for CUDA, triton, nvcc, setuptools 77 or newer, pybind11, ninja, numpy,

@@ -121,6 +121,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*ops): run on what implements these ops too")
     config.addinivalue_line("markers", "one_instruction_set: run the CPU's best one only")
     config.addinivalue_line("markers", "interpreted: runs in Triton's interpreter, given by itself")
+    config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU")
     config.addinivalue_line("markers", "not_interpreted: Triton's interpreter would take minutes")
     # it visits all of torch's loggers for each test, and prints every step of torch.compile
     config.pluginmanager.set_blocked("logging-plugin")
@@ -175,11 +176,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         chosen = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if isinstance(chosen, Implementation) and (chosen.backend, chosen.device) == (
-            "triton",
-            "cpu",
-        ):
+        if not isinstance(chosen, Implementation) or chosen.device != "cpu":
+            continue
+        if chosen.backend == "triton":
             item.add_marker("interpreted")
+        elif chosen.emulated:
+            item.add_marker("emulated")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,6 +11,8 @@ import sma_fast
 from sma_fast import _dispatch, _native
 from sma_fast.testing import CASES, call
 
+pytestmark = pytest.mark.emulated
+
 OPS = {  # a case, and what the error says of its shapes
     "attention_scores": (
         "15 selected",

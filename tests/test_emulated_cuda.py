@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.emulated
+
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "emulated_cuda"
 SEEDS = ("0", "1", "2", "3")

@@ -38,6 +38,8 @@ from sma_fast.testing import (
     to_device,
 )
 
+pytestmark = pytest.mark.emulated
+
 HERE = Gpu() if torch.cuda.is_available() else StandIn()
 DRY = isinstance(HERE, StandIn)
 MIB = 1 << 20
