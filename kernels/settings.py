@@ -2,7 +2,8 @@
 
 An entry is a tuple of classes: the first whose "up_to" reaches the size at hand is taken, and the
 last where none does. DEFAULT is set by hand. MEASURED, by architecture, comes before it there and
-is written by `python -m bench.tune --write`, on that GPU. Nothing is tuned in a user's program.
+is written by `python -m bench.tune --write` on that GPU; MEASURED_ON says when and with what.
+Nothing is tuned in a user's program.
 """
 
 # by the tokens of a row, which one program holds in registers: more warps sort sooner, but wait
@@ -96,3 +97,4 @@ DEFAULT = {
 # sm_90: never measured, DEFAULT holds
 # sm_100: never measured, DEFAULT holds
 MEASURED = {}
+MEASURED_ON = {}
