@@ -114,13 +114,19 @@ def usage(launch: Launch, capability: int) -> Usage:
     return found._replace(shared_bytes=compiled.metadata.shared)
 
 
-def launches() -> list[Launch]:
-    """Returns every kernel, in the variants that the ops start on shapes as the benchmarks have."""
+def launches(capability: int) -> list[Launch]:
+    """Returns every kernel, in the variants that the ops start on shapes as the benchmarks have.
+
+    With the settings of an architecture, such as 90.
+    """
+    from sma_fast.kernels import launching
+
     found: dict[Launch, None] = {}
-    for op, cases in _cases().items():
-        launch = importlib.import_module(f"sma_fast.kernels.{op}").launch
-        for arguments in cases:
-            found |= dict.fromkeys(recorded(functools.partial(launch, *arguments)))
+    with launching.on_architecture(f"sm_{capability}"):
+        for op, cases in _cases().items():
+            launch = importlib.import_module(f"sma_fast.kernels.{op}").launch
+            for arguments in cases:
+                found |= dict.fromkeys(recorded(functools.partial(launch, *arguments)))
     return list(found)
 
 
@@ -137,15 +143,17 @@ def _cases() -> dict[str, list[tuple]]:
     index, heads = ids(2, 38), ids(2, 38)
     query, key = empty(1, 8, 256, 64, dtype=half), empty(2, 8, 1024, 64, dtype=half)
     self_query = empty(2, 12, 512, 64, dtype=half)
+    wide = empty(2, 1, 70, 600, dtype=half)
     map_ = empty(2, 8, 256, 1024, dtype=half)
     no_share, none = (0.0, None), None
-    scores, long = empty(2, 1024), empty(2, 16384)
+    scores, long, longer = empty(2, 1024), empty(2, 16384), empty(2, 65536)
     by_ratio = (0.15, none, none, none)
     return {
         "attention_scores": [
             (query, key, index, none, none, 0.125, "mean"),
             (query.float(), key.float(), index, none, padding, 0.125, "mean"),
             (self_query, self_query, index, heads, padding[:, :512], 0.125, "mean"),
+            (wide, wide, none, none, none, 0.125, "mean"),
         ],
         "aggregate_attention": [
             (map_, index, none, "mean", False),
@@ -159,10 +167,15 @@ def _cases() -> dict[str, list[tuple]]:
             (empty(2, 8192), none, empty(2, 8192), *by_ratio, 0.0, 0.5),
             (long, none, long, *by_ratio, 0.5, none),
             (long, none, none, *by_ratio, *no_share, empty(2, 16384, dtype=torch.uint8)),
+            (longer, none, longer, *by_ratio, 0.5, none),
+            (longer, longer > 0, none, *by_ratio, *no_share, empty(2, 65536, dtype=torch.uint8)),
         ],
         "draw_queries": [(empty(2, 256), 38, none, none), (long, 38, none, none)],
         "gather_tokens": [(empty(2, 1024, 512, dtype=half), ids(2, 870))],
-        "gather_tokens_backward": [(empty(2, 870, 512, dtype=half), ids(2, 870), 1024)],
+        "gather_tokens_backward": [
+            (empty(2, 870, 512, dtype=half), ids(2, 870), 1024),
+            (empty(2, 870, 5), ids(2, 870), 1024),
+        ],
         "restore_tokens": [(empty(2, 49, 768, dtype=half), ids(2, 196), empty(768, dtype=half))],
         "restore_tokens_backward": [(empty(2, 196, 768, dtype=half), ids(2, 196), 49, none)],
         "self_guided_masking": [
@@ -189,7 +202,7 @@ def _cases() -> dict[str, list[tuple]]:
 
 def rows(only: str = "", architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Row]:
     """Yields a row for each kernel with `only` in its name, for each architecture."""
-    for launch in launches():
-        if only in str(launch):
-            for capability in architectures:
+    for capability in architectures:
+        for launch in launches(capability):
+            if only in str(launch):
                 yield Row(str(launch), f"sm_{capability}", usage(launch, capability))

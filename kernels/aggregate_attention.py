@@ -1,6 +1,7 @@
-"""aggregate_attention in Triton: one program adds up a sample's rows, in one order, read once.
+"""aggregate_attention in Triton: one program adds up a sample's rows, read once.
 
-Where heads are split among programs, or rows are too long for one, a few more small launches.
+Where heads have programs of their own, or rows of logits are too long for one, a few more launches.
+Rows are added up, then heads, then turns, in one order: the same bits whatever the batch.
 """
 
 import torch
@@ -8,26 +9,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .selection import warps
+from . import turns
+from .launching import longest, power_of_2, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROW = 8192  # the longest row of logits whose softmax is taken in registers
-_PROGRAMS = 264  # that fill a large GPU
-_SCRATCH = 1 << 20  # bytes, for sums of parts of the heads
+_OF_TURNS = [
+    *("first_sample", "first_head", "first_row", "turn_heads", "rows"),
+    *("heads_apart", "out_stride", "adds"),
+]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_TURNS)
 def statistics_kernel(
-    attention, query_index, stats, heads, queries, selected, tokens,
-    batch_stride, head_stride, row_stride, INDEXED: tl.constexpr, BLOCK: tl.constexpr,
+    attention, query_index, stats, queries, selected, tokens, batch_stride, head_stride, row_stride,
+    first_sample, first_head, first_row, turn_heads, rows,
+    INDEXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the largest logit and 1 / the sum of exponentials of a row to stats (B, H, R, 2)."""
-    at = tl.program_id(0).to(tl.int64)  # (b * H + h) * R + r
-    place = at % selected
-    sample = at // (selected * heads)
+    """Writes the largest logit and 1 / the sum of exponentials of each row of a turn to stats.
+
+    stats is (samples, heads, rows, 2) of the turn, in the order of the programs.
+    """
+    at = tl.program_id(0).to(tl.int64)
+    place = first_row + at % rows
+    sample = first_sample + at // (rows * turn_heads)
     if INDEXED:
         place = tl.load(query_index + sample * selected + place)
-    row = sample * batch_stride + at // selected % heads * head_stride + place * row_stride
+    head = first_head + at // rows % turn_heads
+    row = sample * batch_stride + head * head_stride + place * row_stride
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -45,85 +53,65 @@ def statistics_kernel(
     tl.store(stats + at * 2 + 1, 1.0 / tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_TURNS)
 def aggregate_attention_kernel(
     attention,  # (B, H, M, N), rows dense
     query_index,  # (B, R), for INDEXED
     head_index,  # (B, R), for BY_HEAD
-    stats,  # (B, H, R, 2), for LOGITS 2
-    out,  # (B, S, N)
-    heads,  # H
+    stats,  # (samples, heads, rows, 2) of the turn, for LOGITS 2
+    out,  # of the turn's first sample's first sums
     queries,  # M
     selected,  # R
     tokens,  # N
     batch_stride,
     head_stride,
     row_stride,
-    heads_of_split,  # H / S, rounded up
+    first_sample,
+    first_head,
+    first_row,
+    turn_heads,
+    rows,
+    heads_apart,  # whether each head has a program and sums of its own
+    out_stride,  # of samples
+    adds,  # to what is there
     factor,
     INDEXED: tl.constexpr,
     BY_HEAD: tl.constexpr,
     LOGITS: tl.constexpr,  # 0: no, 1: a block is a whole row, 2: by stats
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    at_sample = tl.program_id(0).to(tl.int64)
+    sample = at_sample + first_sample
+    first = tl.program_id(1)
     token = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
-    first = split * heads_of_split
-    last = tl.minimum(first + heads_of_split, heads)
-    total = tl.zeros([BLOCK], tl.float64)  # there may be thousands of terms
-    for at in range(first * selected, last * selected):
-        place = (at % selected).to(tl.int64)
-        head = at // selected
-        of_head = head
-        if BY_HEAD:
-            of_head = tl.load(head_index + sample * selected + place)
-        if INDEXED:
-            place = tl.load(query_index + sample * selected + place)
-        place = tl.where(of_head == head, place, -1)
-        use = inside & (place + token * 0 >= 0) & (place + token * 0 < queries)
-        row = sample * batch_stride + head * head_stride + place * row_stride
-        x = tl.load(attention + row + token, mask=use, other=0.0).to(tl.float32)
-        if LOGITS == 1:
-            x = tl.where(inside, x, float("-inf"))
-            e = tl.exp(x - tl.max(x, 0))
-            x = tl.where(inside, e / tl.sum(e, 0), 0.0)
-        if LOGITS == 2:
-            stat = stats + ((sample * heads + head) * selected + at % selected) * 2
-            x = tl.exp(x - tl.load(stat)) * tl.load(stat + 1)
-        total += tl.where(use, x, 0.0).to(tl.float64)
-    to = (sample * tl.num_programs(1) + split) * tokens
-    tl.store(out + to + token, (total * factor).to(tl.float32), mask=inside)
-
-
-@triton.jit
-def sum_splits_kernel(parts, out, number, tokens, factor, BLOCK: tl.constexpr):
-    """Adds up the (B, S, N) sums of parts of the heads, in their order."""
-    sample = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < tokens
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(0, number):
-        part = parts + (sample * number + split) * tokens
-        total += tl.load(part + token, mask=inside, other=0.0)
-    tl.store(out + sample * tokens + token, total * factor, mask=inside)
-
-
-def splits(batch: int, heads: int, tokens: int) -> int:
-    """Returns into how many parts the heads of a sample go: one where samples are enough."""
-    most = _SCRATCH // max(4 * batch * tokens, 1)
-    return max(1, min(heads, _PROGRAMS // max(batch, 1), most))
-
-
-def sum_splits(parts: Tensor, factor: float) -> Tensor:
-    """Returns (B, N), `factor` times the sum of (B, S, N) over S."""
-    batch, number, tokens = parts.shape
-    out = torch.empty((batch, tokens), dtype=torch.float32, device=parts.device)
-    sum_splits_kernel[(batch, triton.cdiv(tokens, 1024))](
-        parts, out, number, tokens, factor, BLOCK=1024
-    )
-    return out
+    to = out + at_sample * out_stride + first.to(tl.int64) * tokens + token
+    total = tl.load(to, mask=inside & (adds + token * 0 != 0), other=0.0).to(tl.float64)
+    for turn_head in range(first, tl.where(heads_apart != 0, first + 1, turn_heads)):
+        head = first_head + turn_head + sample * 0  # 64 bits, as all that a stride multiplies
+        of_head = tl.zeros([BLOCK], tl.float64)  # there may be thousands of terms
+        for row in range(0, rows):
+            place = first_row + row + sample * 0
+            at = sample * selected + place
+            of_row = head
+            if BY_HEAD:
+                of_row = tl.load(head_index + at)
+            if INDEXED:
+                place = tl.load(query_index + at)
+            place = tl.where(of_row == head, place, -1)
+            use = inside & (place + token * 0 >= 0) & (place + token * 0 < queries)
+            start = sample * batch_stride + head * head_stride + place * row_stride
+            x = tl.load(attention + start + token, mask=use, other=0.0).to(tl.float32)
+            if LOGITS == 1:
+                x = tl.where(inside, x, float("-inf"))
+                e = tl.exp(x - tl.max(x, 0))
+                x = tl.where(inside, e / tl.sum(e, 0), 0.0)
+            if LOGITS == 2:
+                stat = stats + ((at_sample * turn_heads + turn_head) * rows + row) * 2
+                x = tl.exp(x - tl.load(stat)) * tl.load(stat + 1)
+            of_head += tl.where(use, x, 0.0).to(tl.float64)
+        total += of_head
+    tl.store(to, (total * factor).to(out.dtype.element_ty), mask=inside)
 
 
 def launch(
@@ -143,35 +131,62 @@ def launch(
     if attention.stride(3) != 1 and tokens > 1:
         attention = attention.contiguous()
     strides = attention.stride()[:3]
-    number = heads if apart else splits(batch, heads, tokens)
     factor = 1.0 / heads if head_reduce == "mean" and head_index is None else 1.0
-    in_row = logits and tokens <= ROW
-    block = triton.next_power_of_2(tokens) if in_row else min(triton.next_power_of_2(tokens), 1024)
-    block = max(block, 16)
-    nothing = attention
-    index = nothing if query_index is None else query_index.contiguous()
-    by_head = nothing if head_index is None else head_index.contiguous()
+    device = attention.device
+    in_row = logits and tokens <= longest("aggregate_attention.logits", device)
+    if in_row:
+        block = power_of_2(tokens)
+        chosen = setting("aggregate_attention.logits", device, block)
+    else:
+        chosen = setting("aggregate_attention.long" if logits else "aggregate_attention", device)
+        block = min(power_of_2(tokens), chosen["block"])
+    blocks = triton.cdiv(tokens, block)
+    scores = torch.empty(shape, dtype=torch.float32, device=device)
+    index = attention if query_index is None else query_index.contiguous()
+    by_head = attention if head_index is None else head_index.contiguous()
+    in_turns = logits and not in_row
+    held = turns.SCRATCH // (2 if in_turns else 1)  # for statistics, and for sums of heads
+    samples = 0  # whose heads are summed apart at a time
+    if not apart:
+        samples = turns.samples_apart(device, heads, batch * blocks, 8 * heads * tokens, held)
+    room = held // 8 if in_turns else batch * heads * selected
+    every = turns.turns(batch, heads, selected, room, samples or None)
+    largest = every[0]
+    stats = parts = scores
+    if in_turns:
+        stats = scores.new_empty(largest.samples * largest.heads * largest.rows * 2)
+    if samples:
+        number = largest.samples * largest.heads * tokens
+        parts = scores.new_empty(number, dtype=torch.float64)
     with torch.cuda.device_of(attention):
-        stats = nothing
-        if logits and not in_row:
-            stats = torch.empty(
-                (batch, heads, selected, 2), dtype=torch.float32, device=attention.device
-            )
-            statistics_kernel[(batch * heads * selected,)](
-                *(attention, index, stats, heads, queries, selected, tokens, *strides),
+        for turn in every:
+            place = (turn.sample, turn.head, turn.row, turn.heads, turn.rows)
+            if in_turns:
+                statistics_kernel[(turn.samples * turn.heads * turn.rows,)](
+                    *(attention, index, stats, queries, selected, tokens, *strides, *place),
+                    INDEXED=query_index is not None,
+                    BLOCK=chosen["block"],
+                    num_warps=chosen["num_warps"],
+                )
+            begun = turn.row > 0 or (turn.head > 0 and not apart)
+            ended = turn.row + turn.rows == selected and turn.head + turn.heads == heads
+            own_factor = factor if ended else 1.0
+            out = scores[turn.sample : turn.sample + turn.samples]
+            if samples:
+                to = parts[: turn.samples * turn.heads * tokens].view(turn.samples, -1, tokens)
+            else:
+                to = out[:, turn.head :] if apart else out
+            alone = apart or samples > 0
+            aggregate_attention_kernel[(turn.samples, turn.heads if alone else 1, blocks)](
+                *(attention, index, by_head, stats, to, queries, selected, tokens, *strides),
+                *(*place, int(alone), to.stride(0), int(begun and not samples)),
+                1.0 if samples else own_factor,
                 INDEXED=query_index is not None,
-                BLOCK=1024,
+                BY_HEAD=head_index is not None,
+                LOGITS=0 if not logits else 1 if in_row else 2,
+                BLOCK=block,
+                num_warps=chosen["num_warps"],
             )
-        parts = torch.empty((batch, number, tokens), dtype=torch.float32, device=attention.device)
-        aggregate_attention_kernel[(batch, number, triton.cdiv(tokens, block))](
-            *(attention, index, by_head, stats, parts, heads, queries, selected, tokens),
-            *(*strides, triton.cdiv(heads, number), factor if number == 1 or apart else 1.0),
-            INDEXED=query_index is not None,
-            BY_HEAD=head_index is not None,
-            LOGITS=0 if not logits else 1 if in_row else 2,
-            BLOCK=block,
-            num_warps=max(warps(block), 4),
-        )
-        if apart or number == 1:
-            return parts.view(shape)
-        return sum_splits(parts, factor)
+            if samples:
+                turns.sum_heads(to, out, begun, own_factor)
+    return scores

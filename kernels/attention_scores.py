@@ -1,8 +1,9 @@
 """attention_scores in Triton: column sums of softmax(q k') of the selected rows, map never stored.
 
-Where a head's keys fit in one block they are read once: the logits of 16 rows at a time stay in
-registers. Longer ones are read twice: for each row's largest logit and sum, then for the columns.
-Heads and rows are added up in one order: the same bits every time.
+Where a head's keys fit in one block they are read once: the logits of a few rows at a time stay in
+registers. Longer ones are read twice: for each row's largest logit and sum, then for the columns;
+where these are more than the scratch memory holds, rows take turns. Rows are added up, then heads,
+then turns, in one order: the same bits every time, whatever the batch.
 """
 
 import os
@@ -12,13 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aggregate_attention import splits, sum_splits
+from . import turns
+from .launching import longest, power_of_2, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
-_ONE_BLOCK = 128 * 1024  # bytes of a head's keys that are read once
-_ONE_BLOCK_TOKENS = 2048
-_TOKENS, _ROWS = 64, 32  # of a block, for longer keys
 # the interpreter multiplies the bits of bfloat16 as if they were numbers
 _WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -26,13 +25,16 @@ _WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 @triton.jit
 def rows_of_block(
     query, query_index, head_index, sample, head, first, heads_stride, row_stride, sample_stride,
-    queries, selected, width,
+    queries, selected, last, width,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Returns selected queries (BLOCK_ROWS, BLOCK_WIDTH), and which of them count for this head."""
+    """Returns selected queries (BLOCK_ROWS, BLOCK_WIDTH), and which of them count for this head.
+
+    They are those from `first` on, before `last`.
+    """
     at = first + tl.arange(0, BLOCK_ROWS)
-    use = at < selected
+    use = at < last
     place = at.to(tl.int64)
     if BY_HEAD:
         use &= tl.load(head_index + sample * selected + at, mask=use, other=-1) == head
@@ -60,7 +62,8 @@ def keys_of_block(
     if PADDED:
         valid &= tl.load(padding + sample * padding_stride + token, mask=valid, other=1) == 0
     column = tl.arange(0, BLOCK_WIDTH)
-    place = sample * sample_stride + head * head_stride + token.to(tl.int64) * token_stride
+    place = sample * sample_stride + head * head_stride
+    place += token.to(tl.int64) * token_stride
     k = tl.load(
         key + place[:, None] + column[None, :],
         mask=valid[:, None] & (column < width)[None, :],
@@ -78,14 +81,18 @@ def logits_of(k, q, valid, scale):
     return tl.where(valid[:, None], s, float("-inf"))
 
 
-@triton.jit
+# what changes from turn to turn is not worth another kernel
+_OF_TURNS = ["first_sample", "first_head", "first_row", "heads_apart", "rows", "out_stride", "adds"]
+
+
+@triton.jit(do_not_specialize=_OF_TURNS)
 def attention_scores_kernel(
     query,  # (B or 1, H, M, D)
     key,  # (B, H_kv, N, D)
     query_index,  # (B, R), for INDEXED
     head_index,  # (B, R), for BY_HEAD
     padding,  # (B, N) bytes, for PADDED
-    out,  # (B, S, N)
+    out,  # of the first sample's first sums
     heads,  # H
     group,  # H / H_kv
     queries,  # M
@@ -93,8 +100,6 @@ def attention_scores_kernel(
     tokens,  # N
     width,  # D
     scale,
-    factor,
-    heads_of_split,  # H / S, rounded up
     query_batch_stride,
     query_head_stride,
     query_stride,
@@ -102,6 +107,10 @@ def attention_scores_kernel(
     key_head_stride,
     key_stride,
     padding_stride,
+    first_sample,
+    heads_apart,  # whether each head has a program and sums of its own
+    out_stride,  # of samples
+    factor,
     INDEXED: tl.constexpr,
     BY_HEAD: tl.constexpr,
     PADDED: tl.constexpr,
@@ -109,19 +118,20 @@ def attention_scores_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,  # at least D
 ):
-    sample = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    first = split * heads_of_split
+    sample = tl.program_id(0).to(tl.int64) + first_sample
+    first = tl.program_id(1)
     total = tl.zeros([BLOCK], tl.float32)
-    for head in range(first, tl.minimum(first + heads_of_split, heads)):
+    for at_head in range(first, tl.where(heads_apart != 0, first + 1, heads)):
+        head = at_head + sample * 0  # 64 bits, as all that a stride multiplies
         k, valid = keys_of_block(
             key, padding, sample, head // group, 0, tokens, width, key_batch_stride,
             key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
         )  # fmt: skip
+        of_head = tl.zeros([BLOCK], tl.float32)
         for row in range(0, selected, BLOCK_ROWS):
             q, use = rows_of_block(
                 query, query_index, head_index, sample, head, row, query_head_stride, query_stride,
-                query_batch_stride, queries, selected, width,
+                query_batch_stride, queries, selected, selected, width,
                 INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
             )  # fmt: skip
             s = logits_of(k, q, valid, scale)
@@ -129,28 +139,32 @@ def attention_scores_kernel(
             p = tl.exp2(s - tl.where(most == float("-inf"), 0.0, most)[None, :])
             amount = tl.sum(p, 0)
             weight = tl.where(use & (amount != 0.0), 1.0 / amount, 0.0)
-            columns = tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
-            total += tl.where(valid, columns, 0.0)  # a NaN among the keys stays out of padding
+            of_head += tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
+        total += tl.where(valid, of_head, 0.0)  # a NaN among the keys stays out of padding
     token = tl.arange(0, BLOCK)
-    to = (sample * tl.num_programs(1) + split) * tokens
-    tl.store(out + to + token, total * factor, mask=token < tokens)
+    to = out + tl.program_id(0).to(tl.int64) * out_stride + first.to(tl.int64) * tokens + token
+    tl.store(to, total * factor, mask=token < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_TURNS)
 def row_statistics_kernel(
     query, key, query_index, head_index, padding, stats, heads, group, queries, selected, tokens,
     width, scale, query_batch_stride, query_head_stride, query_stride, key_batch_stride,
-    key_head_stride, key_stride, padding_stride,
+    key_head_stride, key_stride, padding_stride, first_sample, first_head, first_row, rows,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Writes each row's largest logit and 1 / its sum, 0 where it does not count: (B, H, R, 2)."""
-    sample = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
-    row = tl.program_id(1) * BLOCK_ROWS
+    """Writes the largest logit of each row of a turn and 1 / its sum, 0 where it does not count.
+
+    stats is (samples, heads, rows, 2) of the turn; program_id is block of rows, head, sample.
+    """
+    sample = tl.program_id(2).to(tl.int64) + first_sample
+    head = tl.program_id(1).to(tl.int64) + first_head
+    block = tl.program_id(0) * BLOCK_ROWS
     q, use = rows_of_block(
-        query, query_index, head_index, sample, head, row, query_head_stride, query_stride,
-        query_batch_stride, queries, selected, width, INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
+        query, query_index, head_index, sample, head, first_row + block, query_head_stride,
+        query_stride, query_batch_stride, queries, selected, first_row + rows, width,
+        INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
     )  # fmt: skip
     most = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     amount = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -164,48 +178,54 @@ def row_statistics_kernel(
         base = tl.where(now == float("-inf"), 0.0, now)
         amount = amount * tl.exp2(most - base) + tl.sum(tl.exp2(s - base[None, :]), 0)
         most = now
-    at = row + tl.arange(0, BLOCK_ROWS)
-    to = stats + ((sample * heads + head) * selected + at) * 2
-    tl.store(to, tl.where(most == float("-inf"), 0.0, most), mask=at < selected)
+    at = block + tl.arange(0, BLOCK_ROWS)
+    list_ = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    to = stats + (list_ * rows + at) * 2
+    tl.store(to, tl.where(most == float("-inf"), 0.0, most), mask=at < rows)
     weight = tl.where(use & (amount != 0.0), 1.0 / amount, 0.0)
-    tl.store(to + 1, weight, mask=at < selected)
+    tl.store(to + 1, weight, mask=at < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_OF_TURNS, "turn_heads"])
 def column_sums_kernel(
     query, key, query_index, head_index, padding, stats, out, heads, group, queries, selected,
-    tokens, width, scale, factor, heads_of_split, query_batch_stride, query_head_stride,
-    query_stride, key_batch_stride, key_head_stride, key_stride, padding_stride,
+    tokens, width, scale, query_batch_stride, query_head_stride, query_stride, key_batch_stride,
+    key_head_stride, key_stride, padding_stride, first_sample, first_head, first_row, rows,
+    turn_heads, heads_apart, out_stride, adds, factor,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """As attention_scores_kernel for a block of the tokens, with the rows' statistics at hand."""
-    sample = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    start = tl.program_id(2) * BLOCK
-    first = split * heads_of_split
-    total = tl.zeros([BLOCK], tl.float32)
-    for head in range(first, tl.minimum(first + heads_of_split, heads)):
+    """As attention_scores_kernel, of one turn and a block of its tokens; for `adds`, to `out`.
+
+    program_id is block of tokens, head (0 where they are not apart), sample.
+    """
+    sample = tl.program_id(2).to(tl.int64) + first_sample
+    first = tl.program_id(1)
+    start = tl.program_id(0) * BLOCK
+    token = start + tl.arange(0, BLOCK)
+    to = out + tl.program_id(2).to(tl.int64) * out_stride + first.to(tl.int64) * tokens + token
+    total = tl.load(to, mask=(token < tokens) & (adds + token * 0 != 0), other=0.0)
+    for turn_head in range(first, tl.where(heads_apart != 0, first + 1, turn_heads)):
+        head = first_head + turn_head + sample * 0  # 64 bits, as all that a stride multiplies
         k, valid = keys_of_block(
             key, padding, sample, head // group, start, tokens, width, key_batch_stride,
             key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
         )  # fmt: skip
-        for row in range(0, selected, BLOCK_ROWS):
+        of_head = tl.zeros([BLOCK], tl.float32)
+        for row in range(0, rows, BLOCK_ROWS):
             q, use = rows_of_block(
-                query, query_index, head_index, sample, head, row, query_head_stride, query_stride,
-                query_batch_stride, queries, selected, width,
+                query, query_index, head_index, sample, head, first_row + row, query_head_stride,
+                query_stride, query_batch_stride, queries, selected, first_row + rows, width,
                 INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
             )  # fmt: skip
             at = row + tl.arange(0, BLOCK_ROWS)
-            stat = stats + ((sample * heads + head) * selected + at) * 2
-            most = tl.load(stat, mask=at < selected, other=0.0)
-            weight = tl.load(stat + 1, mask=at < selected, other=0.0)
+            stat = stats + ((tl.program_id(2) * turn_heads + turn_head) * rows + at) * 2
+            most = tl.load(stat, mask=at < rows, other=0.0)
+            weight = tl.load(stat + 1, mask=at < rows, other=0.0)
             p = tl.exp2(logits_of(k, q, valid, scale) - most[None, :])
-            columns = tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
-            total += tl.where(valid, columns, 0.0)  # a NaN among the keys stays out of padding
-    token = start + tl.arange(0, BLOCK)
-    to = (sample * tl.num_programs(1) + split) * tokens
-    tl.store(out + to + token, total * factor, mask=token < tokens)
+            of_head += tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
+        total += tl.where(valid, of_head, 0.0)  # a NaN among the keys stays out of padding
+    tl.store(to, total * factor, mask=token < tokens)
 
 
 def launch(
@@ -230,48 +250,106 @@ def launch(
     padding = key if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
     index = key if query_index is None else query_index.contiguous()
     by_head = key if head_index is None else head_index.contiguous()
-    number = heads if apart else splits(batch, heads, tokens)
     factor = 1.0 / heads if head_reduce == "mean" and head_index is None else 1.0
-    own_factor = factor if number == 1 or apart else 1.0
-    block = max(triton.next_power_of_2(tokens), 16)
-    block_width = max(triton.next_power_of_2(width), 16)
     of_query = (0 if query.shape[0] == 1 else query.stride(0), query.stride(1), query.stride(2))
     strides = (*of_query, *key.stride()[:3], tokens)
     sizes = (heads, heads // kv_heads, queries, selected, tokens, width, scale * _LOG2E)
+    block_width = power_of_2(width)
+    common = (query, key, index, by_head, padding), (*sizes, *strides)
     kinds = {
         "INDEXED": query_index is not None,
         "BY_HEAD": head_index is not None,
         "PADDED": key_padding_mask is not None,
         "BLOCK_WIDTH": block_width,
     }
-    parts = torch.empty((batch, number, tokens), dtype=torch.float32, device=key.device)
-    heads_of_split = triton.cdiv(heads, number)
-    inputs = (query, key, index, by_head, padding)
+    scores = torch.empty(shape, dtype=torch.float32, device=key.device)
+    chosen = setting("attention_scores", key.device, tokens)
+    block = power_of_2(tokens)
+    fits = block * block_width * key.element_size() <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
-        if block <= _ONE_BLOCK_TOKENS and block * block_width * key.element_size() <= _ONE_BLOCK:
-            attention_scores_kernel[(batch, number)](
-                *(*inputs, parts, *sizes, own_factor, heads_of_split, *strides),
-                **kinds,
-                BLOCK=block,
-                BLOCK_ROWS=16,
-                num_warps=min(max(block // 128, 4), 16),
-            )
+        if block <= longest("attention_scores", key.device) and fits:
+            _at_once(scores, apart, factor, heads, common, kinds, block, chosen)
         else:
-            stats = torch.empty((batch, heads, selected, 2), dtype=torch.float32, device=key.device)
-            row_statistics_kernel[(batch * heads, triton.cdiv(selected, _ROWS))](
-                *(*inputs, stats, *sizes, *strides),
-                **kinds,
-                BLOCK=_TOKENS,
-                BLOCK_ROWS=_ROWS,
-                num_warps=8,
-            )
-            column_sums_kernel[(batch, number, triton.cdiv(tokens, _TOKENS))](
-                *(*inputs, stats, parts, *sizes, own_factor, heads_of_split, *strides),
-                **kinds,
-                BLOCK=_TOKENS,
-                BLOCK_ROWS=_ROWS,
-                num_warps=8,
-            )
-        if apart or number == 1:
-            return parts.view(shape)
-        return sum_splits(parts, factor)
+            _in_turns(scores, apart, factor, heads, selected, common, kinds)
+    return scores
+
+
+def _at_once(
+    scores: Tensor, apart: bool, factor: float, heads: int, common: tuple, kinds: dict,
+    block: int, chosen: dict,
+) -> None:  # fmt: skip
+    """Writes the sums of keys that are read once."""
+    inputs, sizes = common
+    batch, tokens = scores.shape[0], scores.shape[-1]
+    samples, parts = 0, scores  # heads summed apart, of so many samples at a time
+    if not apart:
+        sample_bytes = 4 * heads * tokens
+        samples = turns.samples_apart(scores.device, heads, batch, sample_bytes, turns.SCRATCH)
+    if samples:
+        samples = min(samples, batch)
+        parts = scores.new_empty((samples, heads, tokens))
+    for sample in range(0, batch, samples or batch):
+        number = min(samples or batch, batch - sample)
+        attention_scores_kernel[(number, heads if apart or samples else 1)](
+            *(*inputs, parts, *sizes, sample, int(apart or samples > 0)),
+            *(parts.stride(0), 1.0 if samples else factor),
+            **kinds,
+            BLOCK=block,
+            BLOCK_ROWS=chosen["rows"],
+            num_warps=chosen["num_warps"],
+            num_stages=chosen["num_stages"],
+        )
+        if samples:
+            turns.sum_heads(parts[:number], scores[sample : sample + number], False, factor)
+
+
+def _in_turns(
+    scores: Tensor, apart: bool, factor: float, heads: int, selected: int, common: tuple,
+    kinds: dict,
+) -> None:  # fmt: skip
+    """Writes the sums of longer keys, by the statistics of rows."""
+    inputs, sizes = common
+    batch, tokens = scores.shape[0], scores.shape[-1]
+    key = inputs[1]
+    row_bytes = kinds["BLOCK_WIDTH"] * key.element_size()
+    of_rows = setting("attention_scores.row_statistics", key.device, row_bytes)
+    of_columns = setting("attention_scores.column_sums", key.device, row_bytes)
+    blocks = triton.cdiv(tokens, of_columns["tokens"])
+    held = turns.SCRATCH // 2  # for the statistics, and for sums of heads
+    samples, programs = 0, batch * blocks
+    if not apart:
+        samples = turns.samples_apart(key.device, heads, programs, 4 * heads * tokens, held)
+    every = turns.turns(batch, heads, selected, held // 8, samples or None)
+    largest = every[0]
+    stats = scores.new_empty((largest.samples * largest.heads * largest.rows, 2))
+    if samples:
+        parts = scores.new_empty(largest.samples * largest.heads * tokens)
+    for turn in every:
+        place = (turn.sample, turn.head, turn.row, turn.rows)
+        number = triton.cdiv(turn.rows, of_rows["rows"])
+        row_statistics_kernel[(number, turn.heads, turn.samples)](
+            *(*inputs, stats, *sizes, *place),
+            **kinds,
+            **_blocks(of_rows),
+        )
+        begun = turn.row > 0 or (turn.head > 0 and not apart)
+        ended = turn.row + turn.rows == selected and turn.head + turn.heads == heads
+        own_factor = factor if ended else 1.0
+        out = scores[turn.sample : turn.sample + turn.samples]
+        if samples:
+            to = parts[: turn.samples * turn.heads * tokens].view(turn.samples, -1, tokens)
+        else:
+            to = out[:, turn.head :] if apart else out
+        column_sums_kernel[(blocks, turn.heads if apart or samples else 1, turn.samples)](
+            *(*inputs, stats, to, *sizes, *place, turn.heads, int(apart or samples > 0)),
+            *(to.stride(0), int(begun and not samples), 1.0 if samples else own_factor),
+            **kinds,
+            **_blocks(of_columns),
+        )
+        if samples:
+            turns.sum_heads(to, out, begun, own_factor)
+
+
+def _blocks(chosen: dict[str, int]) -> dict[str, int]:
+    names = {"tokens": "BLOCK", "rows": "BLOCK_ROWS"}
+    return {names.get(name, name): x for name, x in chosen.items() if name != "up_to"}

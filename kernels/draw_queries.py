@@ -5,17 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import in_registers, longest
 from .selection import (
-    CHUNK,
-    ROW,
+    chosen_of_chunk,
     fill_ids,
+    keys_of_chunk,
     ordered,
     rows_of,
     store_ids,
+    threshold_of_long,
     top,
-    top_of_long,
     valid_of_long,
-    warps,
 )
 
 
@@ -56,24 +56,28 @@ def draw_queries_kernel(
 
 @triton.jit(do_not_specialize=["number"])
 def draw_long_kernel(
-    noise, padding, row_numbers, ids, drawn, candidates, number, noise_stride, padding_stride,
+    noise, padding, row_numbers, ids, candidates, number, noise_stride, padding_stride,
     BY_ROW: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As draw_queries_kernel, for any number of candidates; `drawn` is (B, M) bytes of scratch."""
+    """As draw_queries_kernel, for any number of candidates."""
     row = tl.program_id(0).to(tl.int64)
     valid_number = valid_of_long(padding, row * padding_stride, candidates, PADDED, BLOCK)
     count = how_many(row, valid_number, number, row_numbers, BY_ROW)
-    top_of_long(
-        noise, row * noise_stride, padding, row * padding_stride, drawn, row * candidates,
+    kth, left = threshold_of_long(
+        noise, row * noise_stride, padding, row * padding_stride, noise, 0,
         candidates, count, PADDED, 0, False, True, BLOCK,
     )  # fmt: skip
-    tl.debug_barrier()
     before = tl.zeros([], tl.int32)
+    ties = tl.zeros([], tl.int32)
     for start in range(0, candidates, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        member = tl.load(drawn + row * candidates + token, mask=token < candidates, other=0) != 0
-        store_ids(ids + row * number, member, token, before, number)
-        before += tl.sum(member.to(tl.int32))
+        key, eligible = keys_of_chunk(
+            noise, row * noise_stride, padding, row * padding_stride, noise, 0, start, candidates,
+            PADDED, 0, False, True, BLOCK,
+        )  # fmt: skip
+        drawn, ties = chosen_of_chunk(key, eligible, kth, left, ties)
+        store_ids(ids + row * number, drawn, token, before, number)
+        before += tl.sum(drawn.to(tl.int32))
     fill_ids(ids + row * number, before, number, BLOCK)
 
 
@@ -91,28 +95,15 @@ def launch(
     noise, noise_stride = rows_of(noise, noise)
     padding, padding_stride = rows_of(padding_mask, ids)
     row_numbers = ids if num_queries_rows is None else num_queries_rows.contiguous()
-    common = {
-        "BY_ROW": num_queries_rows is not None,
-        "PADDED": padding_mask is not None,
-        "enable_fp_fusion": False,
-    }
+    in_row = candidates <= longest("draw_queries", noise.device)
+    kernel = draw_queries_kernel if in_row else draw_long_kernel
     with torch.cuda.device_of(noise):
-        if candidates <= ROW:
-            block = max(triton.next_power_of_2(candidates), 16)
-            draw_queries_kernel[(batch,)](
-                *(noise, padding, row_numbers, ids),
-                *(candidates, num_queries, noise_stride, padding_stride),
-                **common,
-                BLOCK=block,
-                num_warps=warps(block),
-            )
-        else:
-            drawn = torch.empty((batch, candidates), dtype=torch.uint8, device=noise.device)
-            draw_long_kernel[(batch,)](
-                *(noise, padding, row_numbers, ids, drawn),
-                *(candidates, num_queries, noise_stride, padding_stride),
-                **common,
-                BLOCK=CHUNK,
-                num_warps=warps(CHUNK),
-            )
+        kernel[(batch,)](
+            *(noise, padding, row_numbers, ids),
+            *(candidates, num_queries, noise_stride, padding_stride),
+            BY_ROW=num_queries_rows is not None,
+            PADDED=padding_mask is not None,
+            **in_registers("draw_queries", noise.device, candidates),
+            enable_fp_fusion=False,
+        )
     return ids

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import copied
+
 
 @triton.jit
 def gather_tokens_kernel(
@@ -50,12 +52,6 @@ def as_words(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
-def blocks(width: int) -> tuple[int, int]:
-    """Returns how many rows, and columns of them, one program copies."""
-    block_width = min(triton.next_power_of_2(width), 1024)
-    return max(1, 2048 // block_width), block_width
-
-
 def launch(tokens: Tensor, ids: Tensor) -> Tensor:
     """Returns (B, V, ...) tokens at (B, V) ids, zeros where the id is -1 or out of range."""
     batch, visible = ids.shape
@@ -66,9 +62,9 @@ def launch(tokens: Tensor, ids: Tensor) -> Tensor:
     if flat.shape[2] > 1 and flat.stride(2) != 1:
         flat = flat.contiguous()
     width = flat.shape[2]
-    block_rows, block_width = blocks(width)
+    chosen = copied("gather_tokens", tokens.device, width, flat.itemsize)
     rows = batch * visible
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    grid = (triton.cdiv(rows, chosen["BLOCK_ROWS"]), triton.cdiv(width, chosen["BLOCK_WIDTH"]))
     with torch.cuda.device_of(tokens):
         gather_tokens_kernel[grid](
             flat,
@@ -80,7 +76,6 @@ def launch(tokens: Tensor, ids: Tensor) -> Tensor:
             width,
             flat.stride(0),
             flat.stride(1),
-            BLOCK_ROWS=block_rows,
-            BLOCK_WIDTH=block_width,
+            **chosen,
         )
     return out

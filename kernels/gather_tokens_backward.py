@@ -1,8 +1,9 @@
 """gather_tokens_backward in Triton: every token looks up the one row that was gathered from it.
 
-What was gathered where is noted in the output itself, whose rows are not yet written: for each row
-8 bytes that count its ids and add up their places. Where one was counted the sum is its place; the
-rare token of several ids looks for them in order. So sums have one order, and there is no scratch.
+What was gathered where is noted in the output itself, whose rows are not yet written (where they
+hold no multiple of 8 bytes, in scratch memory, by turns): for each row 8 bytes that count its ids
+and add up their places. Where one was counted the sum is its place; the
+rare token of several ids looks for them in order. So sums have one order.
 """
 
 import torch
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gather_tokens import blocks
+from . import turns
+from .launching import copied, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ONE = 1 << 40  # an id counted; places stay below
@@ -37,8 +39,10 @@ def note_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids + at, mask=at < total, other=-1) - offset
     inside = (at < total) & (token >= 0) & (token < tokens)
-    row = at // width * tokens + token
-    tl.atomic_add(notes + row * note_stride, ONE + at % width, mask=inside, sem="relaxed")
+    sample = at // width
+    row = sample * tokens + token
+    place = at - sample * width
+    tl.atomic_add(notes + row * note_stride, ONE + place, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -113,30 +117,46 @@ def launch(grad: Tensor, ids: Tensor, num_tokens: int, offset: int = 0) -> Tenso
     flat = grad.flatten(2) if grad.dim() > 2 else grad.unsqueeze(2)
     if flat.shape[2] > 1 and flat.stride(2) != 1:
         flat = flat.contiguous()
-    width, rows = flat.shape[2], batch * num_tokens
-    if width * out.element_size() % 8 == 0:
-        notes = out.view(-1).view(torch.int64)
-        note_stride = width * out.element_size() // 8
-    else:
-        notes, note_stride = torch.empty(rows, dtype=torch.int64, device=grad.device), 1
     ids = ids.contiguous()
-    block_rows, block_width = blocks(width)
-    total = ids.numel()
-    with torch.cuda.device_of(grad):
-        clear_kernel[(triton.cdiv(rows, 1024),)](notes, rows, note_stride, BLOCK=1024)
-        if total:
-            note_kernel[(triton.cdiv(total, 1024),)](
-                *(ids, notes, total, width_ids, num_tokens, offset, note_stride),
-                ONE=_ONE,
-                BLOCK=1024,
-            )
-        gather_tokens_backward_kernel[(triton.cdiv(rows, block_rows),)](
-            *(flat, ids, notes, out, rows, num_tokens, width_ids, width, offset, note_stride),
-            *(flat.stride(0), flat.stride(1)),
-            SUM=tl.float64 if grad.dtype == torch.float64 else tl.float32,
-            ONE=_ONE,
-            BLOCK_ROWS=block_rows,
-            BLOCK_WIDTH=block_width,
-            BLOCK_IDS=max(2048 // block_rows, 16),
-        )
+    row_bytes = flat.shape[2] * out.element_size()
+    if row_bytes % 8 == 0:
+        _gather_back(flat, ids, out, out.view(-1).view(torch.int64), row_bytes // 8, offset)
+        return out
+    notes = torch.empty(
+        min(batch * num_tokens, max(turns.SCRATCH // 8, 1)), dtype=torch.int64, device=grad.device
+    )
+    for turn in turns.turns(batch, 1, num_tokens, notes.numel()):
+        samples = slice(turn.sample, turn.sample + turn.samples)
+        part = out[samples, turn.row : turn.row + turn.rows]  # dense: whole samples, or of one
+        _gather_back(flat[samples], ids[samples], part, notes, 1, offset + turn.row)
     return out
+
+
+def _gather_back(
+    grad: Tensor, ids: Tensor, out: Tensor, notes: Tensor, note_stride: int, offset: int
+) -> None:
+    """Writes out (B, N, ...): row j is the sum of the rows of grad (B, V, C) of id offset + j.
+
+    notes has an int64 for each row, `note_stride` of them apart.
+    """
+    batch, tokens = out.shape[:2]
+    width_ids, width = ids.shape[1], grad.shape[2]
+    rows, total = batch * tokens, ids.numel()
+    chosen = copied("gather_tokens_backward", out.device, width, width)
+    ids_at_once = setting("gather_tokens_backward", out.device, width)["ids"]
+    of_notes = setting("gather_tokens_backward.notes", out.device)
+    block = {"BLOCK": of_notes["block"], "num_warps": of_notes["num_warps"]}
+    with torch.cuda.device_of(out):
+        clear_kernel[(triton.cdiv(rows, block["BLOCK"]),)](notes, rows, note_stride, **block)
+        if total:
+            note_kernel[(triton.cdiv(total, block["BLOCK"]),)](
+                *(ids, notes, total, width_ids, tokens, offset, note_stride), ONE=_ONE, **block
+            )
+        gather_tokens_backward_kernel[(triton.cdiv(rows, chosen["BLOCK_ROWS"]),)](
+            *(grad, ids, notes, out, rows, tokens, width_ids, width, offset, note_stride),
+            *(grad.stride(0), grad.stride(1)),
+            SUM=tl.float64 if out.dtype == torch.float64 else tl.float32,
+            ONE=_ONE,
+            **chosen,
+            BLOCK_IDS=max(ids_at_once // chosen["BLOCK_ROWS"], 16),
+        )

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gather_tokens import as_words, blocks
-from .selection import CHUNK, ROW, ordered, rows_of, top, top_of_long, warps
+from .gather_tokens import as_words
+from .launching import copied, in_registers, longest
+from .selection import chosen_of_chunk, keys_of_chunk, ordered, rows_of, threshold_of_long, top
 
 
 @triton.jit
@@ -34,34 +35,25 @@ def random_selection_kernel(
 def random_long_kernel(
     noise, mask, ids_restore, tokens, visible, noise_stride, BLOCK: tl.constexpr
 ):
-    """As random_selection_kernel, for rows of any length; ids_restore holds the choice at first."""
+    """As random_selection_kernel, for rows of any length."""
     row = tl.program_id(0).to(tl.int64)
-    chosen_row = ids_restore + row * tokens
-    top_of_long(
-        noise,
-        row * noise_stride,
-        noise,
-        0,
-        chosen_row,
-        0,
-        tokens,
-        visible,
-        False,
-        0,
-        False,
-        True,
-        BLOCK,
+    at = row * noise_stride
+    kth, left = threshold_of_long(
+        noise, at, noise, 0, noise, 0, tokens, visible, False, 0, False, True, BLOCK
     )
-    tl.debug_barrier()
     seen_before = tl.zeros([], tl.int32)
+    ties = tl.zeros([], tl.int32)
     for start in range(0, tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
         inside = token < tokens
-        seen = tl.load(chosen_row + token, mask=inside, other=0) != 0
+        key, eligible = keys_of_chunk(
+            noise, at, noise, 0, noise, 0, start, tokens, False, 0, False, True, BLOCK
+        )
+        seen, ties = chosen_of_chunk(key, eligible, kth, left, ties)
         before = seen_before + tl.cumsum(seen.to(tl.int32), 0)
         place = tl.where(seen, before - 1, visible + token - before)
         tl.store(mask + row * tokens + token, (seen == 0).to(tl.float32), mask=inside)
-        tl.store(chosen_row + token, place.to(tl.int64), mask=inside)
+        tl.store(ids_restore + row * tokens + token, place.to(tl.int64), mask=inside)
         seen_before += tl.sum(seen.to(tl.int32))
 
 
@@ -109,27 +101,27 @@ def launch(
     if mask.numel() == 0:
         return out, mask, ids_restore
     noise, noise_stride = rows_of(noise, noise)
-    in_row = count <= ROW
-    block = max(triton.next_power_of_2(count), 16) if in_row else CHUNK
+    in_row = count <= longest("random_masking", tokens.device)
     kernel = random_selection_kernel if in_row else random_long_kernel
     with torch.cuda.device_of(tokens):
         kernel[(batch,)](
             *(noise, mask, ids_restore, count, visible, noise_stride),
-            BLOCK=block,
-            num_warps=warps(block),
+            **in_registers("random_masking", tokens.device, count),
         )
         if out.numel():
             flat, words = as_words(tokens), as_words(out)
             if flat.shape[2] > 1 and flat.stride(2) != 1:
                 flat = flat.contiguous()
             width = flat.shape[2]
-            block_rows, block_width = blocks(width)
+            chosen = copied("random_masking.rows", tokens.device, width, words.itemsize)
             rows = batch * count
-            grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+            grid = (
+                triton.cdiv(rows, chosen["BLOCK_ROWS"]),
+                triton.cdiv(width, chosen["BLOCK_WIDTH"]),
+            )
             visible_rows_kernel[grid](
                 *(flat, ids_restore, words, rows, count, visible, width),
                 *(flat.stride(0), flat.stride(1)),
-                BLOCK_ROWS=block_rows,
-                BLOCK_WIDTH=block_width,
+                **chosen,
             )
     return out, mask, ids_restore

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gather_tokens import as_words, blocks
+from .gather_tokens import as_words
+from .launching import copied
 
 
 @triton.jit
@@ -67,16 +68,15 @@ def launch(
     if given.stride(2) != 1:
         given = given.contiguous()
     width = words.shape[2]
-    block_rows, block_width = blocks(width)
+    chosen = copied("restore_tokens", visible.device, width, words.itemsize)
     rows = batch * tokens
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    grid = (triton.cdiv(rows, chosen["BLOCK_ROWS"]), triton.cdiv(width, chosen["BLOCK_WIDTH"]))
     with torch.cuda.device_of(visible):
         restore_tokens_kernel[grid](
             *(seen, ids_restore.contiguous(), given, words),
             *(rows, tokens, visible.shape[1], tokens if one_row else fill.shape[1], width),
             *(seen.stride(0), seen.stride(1)),
             *((0, 0) if one_row else (given.stride(0), given.stride(1))),
-            BLOCK_ROWS=block_rows,
-            BLOCK_WIDTH=block_width,
+            **chosen,
         )
     return out

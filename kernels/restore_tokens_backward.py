@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gather_tokens_backward
+from . import gather_tokens_backward, turns
+from .launching import setting
 
 DTYPES = gather_tokens_backward.DTYPES
-_SCRATCH = 1 << 20  # bytes, for the parts' sums
 
 
 @triton.jit
@@ -83,21 +83,35 @@ def launch(
         return to_visible, to_fill
     if grad.stride(2) != 1:
         grad = grad.contiguous()
+    ids_restore = ids_restore.contiguous()
+    most = max(turns.SCRATCH // 8, 1)
+    for first in range(0, width, most):  # one turn, but for rows of more than 128 Ki numbers
+        columns = slice(first, first + most)
+        _sum_filled(grad[:, :, columns], ids_restore, num_visible, to_fill[columns])
+    return to_visible, to_fill
+
+
+def _sum_filled(grad: Tensor, ids_restore: Tensor, num_visible: int, to_fill: Tensor) -> None:
+    """Writes (C,) sums of the filled rows of (B, N, C)."""
+    batch, tokens, width = grad.shape
     kind = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    most = max(_SCRATCH // (width * kind.itemsize), 1)
-    rows_of_part = max(triton.cdiv(rows, most), 64)
-    number = triton.cdiv(rows, rows_of_part)
+    chosen = setting("restore_tokens_backward", grad.device)
+    most = max(turns.SCRATCH // (width * kind.itemsize), 1)
+    rows_of_part = max(triton.cdiv(batch * tokens, most), chosen["rows"])
+    number = triton.cdiv(batch * tokens, rows_of_part)
     parts = torch.empty((number, width), dtype=kind, device=grad.device)
-    block_width = min(triton.next_power_of_2(width), 256)
-    block_rows = 4096 // block_width
+    block_width = min(triton.next_power_of_2(width), chosen["width"])
     columns = triton.cdiv(width, block_width)
-    common = {"SUM": tl.float64 if kind == torch.float64 else tl.float32}
-    common |= {"BLOCK_ROWS": block_rows, "BLOCK_WIDTH": block_width}
+    common = {
+        "SUM": tl.float64 if kind == torch.float64 else tl.float32,
+        "BLOCK_ROWS": chosen["elements"] // block_width,
+        "BLOCK_WIDTH": block_width,
+        "num_warps": chosen["num_warps"],
+    }
     with torch.cuda.device_of(grad):
         sum_filled_kernel[(number, columns)](
-            *(grad, ids_restore.contiguous(), parts),
-            *(rows, tokens, num_visible, width, rows_of_part, grad.stride(0), grad.stride(1)),
+            *(grad, ids_restore, parts, batch * tokens, tokens, num_visible, width),
+            *(rows_of_part, grad.stride(0), grad.stride(1)),
             **common,
         )
         sum_parts_kernel[(columns,)](parts, to_fill, number, width, **common)
-    return to_visible, to_fill

@@ -1,52 +1,30 @@
-"""select_tokens in Triton: one program a row; a long row is read a chunk at a time."""
+"""select_tokens in Triton: one program a row; a long row is read a chunk at a time.
+
+Few long rows have several programs each: select_few.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import select_few
+from .launching import in_registers, longest
 from .selection import (
-    CHUNK,
-    ROW,
     fill_ids,
     float_bits,
+    how_many,
     ordered,
-    rounded,
     rows_of,
     store_ids,
     top,
     top_of_long,
     valid_of_long,
-    warps,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_RATIO, BY_COUNT, BY_ROW = 0, 1, 2  # what says how many tokens a row masks
 NONE, FRACTION, POOL = 0, 1, 2  # kinds of random share
-
-
-@triton.jit
-def how_many(
-    row, valid, ratio, number, row_numbers, width, second, COUNT: tl.constexpr, RANDOM: tl.constexpr
-):
-    """Returns how many of `valid` tokens are masked, and how many of them the scores decide.
-
-    With a pool the second number is that of the pool.
-    """
-    if COUNT == 0:
-        count = rounded(ratio, valid)
-    elif COUNT == 1:
-        count = number + valid * 0
-    else:
-        count = tl.load(row_numbers + row).to(tl.int64)
-        count = tl.minimum(tl.maximum(count, 0), width).to(tl.int32)
-    count = tl.minimum(count, valid)
-    first = count
-    if RANDOM == 1:
-        first = rounded(second, count)
-    if RANDOM == 2:
-        first = tl.maximum(rounded(second, valid), count)
-    return count, first
 
 
 @triton.jit(do_not_specialize=["ratio", "second", "number"])
@@ -201,8 +179,7 @@ def launch(
     result = mask, ids_visible, ids_masked, ids_restore, num_visible, num_chosen
     if batch == 0:
         return result
-    in_row = tokens <= ROW
-    block = max(triton.next_power_of_2(tokens), 16) if in_row else CHUNK
+    in_row = tokens <= longest("select_tokens", scores.device)
     kernel = select_tokens_kernel if in_row else select_long_kernel
     share, second = NONE, None
     if pool_ratio is not None:
@@ -213,23 +190,26 @@ def launch(
     scores, scores_stride = rows_of(scores, scores)
     padding, padding_stride = rows_of(key_padding_mask, mask.view(torch.uint8))
     noise, noise_stride = rows_of(noise, scores)
+    inputs = (scores, padding, noise)
+    row_numbers = num_visible if num_masked_rows is None else num_masked_rows.contiguous()
+    mask_bytes = mask.view(torch.uint8)
+    outputs = (mask_bytes, *result[1:])
+    sizes = (tokens, width_visible, width_masked, scores_stride, padding_stride, noise_stride)
+    counts = (num_masked or 0, float_bits(mask_ratio), float_bits(second))
+    kinds = {
+        "COUNT": by,
+        "RANDOM": share,
+        "PADDED": key_padding_mask is not None,
+        "FIRST": first is not None,
+    }
     with torch.cuda.device_of(scores):
+        if not in_row and select_few.takes(scores, tokens):
+            select_few.launch(inputs, row_numbers, outputs, sizes, counts, kinds)
+            return result
         kernel[(batch,)](
-            *(scores, padding, noise),
-            num_visible if num_masked_rows is None else num_masked_rows.contiguous(),
-            mask.view(torch.uint8),
-            mask.view(torch.uint8),
-            *(ids_visible, ids_masked, ids_restore, num_visible, num_chosen),
-            *(tokens, width_visible, width_masked, scores_stride, padding_stride, noise_stride),
-            num_masked or 0,
-            float_bits(mask_ratio),
-            float_bits(second),
-            COUNT=by,
-            RANDOM=share,
-            PADDED=key_padding_mask is not None,
-            FIRST=first is not None,
-            BLOCK=block,
-            num_warps=warps(block),
+            *(*inputs, row_numbers, mask_bytes, *outputs, *sizes, *counts),
+            **kinds,
+            **in_registers("select_tokens", scores.device, tokens),
             enable_fp_fusion=False,  # which would keep the digits that rounding drops
         )
     return result

@@ -5,23 +5,17 @@ that fit in registers are searched two bits of the key at a time, longer ones by
 bits, a chunk after the other.
 """
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROW = 4096  # the longest row that is held in registers
-CHUNK = 2048  # of longer ones
-
 
 def float_bits(x: float | None) -> int:
     """Returns a float64 as an integer: Triton passes floats on as float32."""
-    return 0 if x is None else torch.tensor(x, dtype=torch.float64).view(torch.int64).item()
-
-
-def warps(block: int) -> int:
-    """Returns how many warps share a row of `block` tokens: eight tokens a thread."""
-    return min(max(block // 256, 1), 16)
+    return 0 if x is None else struct.unpack("<q", struct.pack("<d", x))[0]
 
 
 def rows_of(x: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
@@ -47,6 +41,30 @@ def rounded(bits, count):
     rest = x - below
     up = (rest > 0.5) | ((rest == 0.5) & odd)
     return (below + up.to(tl.float64)).to(tl.int32)
+
+
+@triton.jit
+def how_many(
+    row, valid, ratio, number, row_numbers, width, second, COUNT: tl.constexpr, RANDOM: tl.constexpr
+):
+    """Returns how many of `valid` tokens are masked, and how many of them the scores decide.
+
+    With a pool the second number is that of the pool.
+    """
+    if COUNT == 0:
+        count = rounded(ratio, valid)
+    elif COUNT == 1:
+        count = number + valid * 0
+    else:
+        count = tl.load(row_numbers + row).to(tl.int64)
+        count = tl.minimum(tl.maximum(count, 0), width).to(tl.int32)
+    count = tl.minimum(count, valid)
+    first = count
+    if RANDOM == 1:
+        first = rounded(second, count)
+    if RANDOM == 2:
+        first = tl.maximum(rounded(second, valid), count)
+    return count, first
 
 
 @triton.jit
@@ -108,6 +126,58 @@ def keys_of_chunk(
 
 
 @triton.jit
+def next_digit(found, kth, left, shift):
+    """Returns kth with one more digit, and how many are left to take among its keys.
+
+    `found` counts by their next digit the keys that begin with those of kth; none left to take: a
+    digit above all others.
+    """
+    digits = tl.arange(0, 256)
+    from_here = tl.sum(found) - tl.cumsum(found, 0) + found  # keys of this digit and above
+    digit = tl.max(tl.where((from_here >= left) & (left > 0), digits, -1))
+    above = tl.sum(tl.where(digits > digit, found, 0))
+    with_digit = kth | (tl.maximum(digit, 0).to(tl.uint32) << shift)
+    return tl.where(digit < 0, 0xFFFFFFFF, with_digit), tl.where(digit < 0, 0, left - above)
+
+
+@triton.jit
+def begins(key, kth, shift):
+    """Returns whether a key begins with kth's digits above those at `shift`."""
+    return (key >> 1 >> (shift + 7)) == (kth >> 1 >> (shift + 7))  # no shift of 32 is defined
+
+
+@triton.jit
+def threshold_of_long(
+    values, values_row, padding, padding_row, member, member_row, tokens, count,
+    PADDED: tl.constexpr, AMONG: tl.constexpr, FIRST: tl.constexpr, NEGATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Returns the `count`-th largest key of a long row, and how many of its equals to take."""
+    kth = tl.zeros([], tl.uint32)
+    left = count
+    for step in range(4):
+        shift = tl.zeros([], tl.uint32) + (24 - 8 * step)
+        found = tl.zeros([256], tl.int32)
+        for start in range(0, tokens, BLOCK):
+            key, eligible = keys_of_chunk(
+                values, values_row, padding, padding_row, member, member_row, start, tokens,
+                PADDED, AMONG, FIRST, NEGATED, BLOCK,
+            )  # fmt: skip
+            eligible &= begins(key, kth, shift)
+            found += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=eligible)
+        kth, left = next_digit(found, kth, left, shift)
+    return kth, left
+
+
+@triton.jit
+def chosen_of_chunk(key, eligible, kth, left, ties):
+    """Returns which are above the threshold or among the first ties, behind `ties` before them."""
+    tie = eligible & (key == kth)
+    place = ties + tl.cumsum(tie.to(tl.int32), 0)
+    return (eligible & (key > kth)) | (tie & (place <= left)), ties + tl.sum(tie.to(tl.int32))
+
+
+@triton.jit
 def top_of_long(
     values, values_row, padding, padding_row, member, member_row, tokens, count,
     PADDED: tl.constexpr, AMONG: tl.constexpr, FIRST: tl.constexpr, NEGATED: tl.constexpr,
@@ -117,27 +187,10 @@ def top_of_long(
 
     Other tokens keep what stands there for AMONG 1, and are no members otherwise.
     """
-    digits = tl.arange(0, 256)
-    kth = tl.zeros([], tl.uint32)
-    left = count  # to take among the keys that begin with the digits of kth
-    for step in range(4):
-        shift = tl.zeros([], tl.uint32) + (24 - 8 * step)
-        found = tl.zeros([256], tl.int32)
-        for start in range(0, tokens, BLOCK):
-            key, eligible = keys_of_chunk(
-                values, values_row, padding, padding_row, member, member_row, start, tokens,
-                PADDED, AMONG, FIRST, NEGATED, BLOCK,
-            )  # fmt: skip
-            # of the digits found so far; in two shifts, as none of 32 bits is defined
-            eligible &= (key >> 1 >> (shift + 7)) == (kth >> 1 >> (shift + 7))
-            digit = ((key >> shift) & 255).to(tl.int32)
-            found += tl.histogram(digit, 256, mask=eligible)
-        from_here = tl.sum(found) - tl.cumsum(found, 0) + found  # keys of this digit and above
-        digit = tl.max(tl.where((from_here >= left) & (left > 0), digits, -1))
-        above = tl.sum(tl.where(digits > digit, found, 0))
-        # none is left to take: a digit above all others
-        kth = tl.where(digit < 0, 0xFFFFFFFF, kth | (tl.maximum(digit, 0).to(tl.uint32) << shift))
-        left = tl.where(digit < 0, 0, left - above)
+    kth, left = threshold_of_long(
+        values, values_row, padding, padding_row, member, member_row, tokens, count,
+        PADDED, AMONG, FIRST, NEGATED, BLOCK,
+    )  # fmt: skip
     ties = tl.zeros([], tl.int32)
     for start in range(0, tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -145,10 +198,7 @@ def top_of_long(
             values, values_row, padding, padding_row, member, member_row, start, tokens,
             PADDED, AMONG, FIRST, NEGATED, BLOCK,
         )  # fmt: skip
-        tie = eligible & (key == kth)
-        place = ties + tl.cumsum(tie.to(tl.int32), 0)
-        chosen = (eligible & (key > kth)) | (tie & (place <= left))
-        ties += tl.sum(tie.to(tl.int32))
+        chosen, ties = chosen_of_chunk(key, eligible, kth, left, ties)
         inside = token < tokens
         if AMONG == 1:
             inside &= chosen

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention_scores, gather_tokens, select_tokens
+from .launching import setting
 
 DTYPES = attention_scores.DTYPES
 
@@ -44,9 +45,12 @@ def launch(
         first = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
         total = query_index.numel()
         if total:
+            chosen = setting("self_guided_masking", key.device)
             with torch.cuda.device_of(key):
-                mark_drawn_kernel[(triton.cdiv(total, 1024),)](
-                    *(query_index, first, total, query_index.shape[1], scores.shape[1]), BLOCK=1024
+                mark_drawn_kernel[(triton.cdiv(total, chosen["block"]),)](
+                    *(query_index, first, total, query_index.shape[1], scores.shape[1]),
+                    BLOCK=chosen["block"],
+                    num_warps=chosen["num_warps"],
                 )
     selection = select_tokens.launch(
         *(scores, key_padding_mask, noise, mask_ratio, None, None, None),

@@ -1,0 +1,100 @@
+"""Triton's launch settings, for each op and, where it matters, each class of size: plain data.
+
+An entry is a tuple of classes: the first whose "up_to" reaches the size at hand is taken, and the
+last where none does. DEFAULT is set by hand. MEASURED, by architecture, comes before it there and
+is written by `python -m bench.tune --write` on that GPU; MEASURED_ON says when and with what.
+Nothing is tuned in a user's program.
+"""
+
+# by the tokens of a row, which one program holds in registers: more warps sort sooner, but wait
+# longer for each other; longer rows than the last class go to the op's ".long"
+_IN_REGISTERS = (
+    {"up_to": 256, "num_warps": 1},
+    {"up_to": 512, "num_warps": 2},
+    {"up_to": 1024, "num_warps": 4},
+    {"up_to": 2048, "num_warps": 8},
+    {"up_to": 4096, "num_warps": 16},
+)
+
+# by the bytes of a number: more elements in a program keep more loads in flight, fewer spread small
+# inputs over more multiprocessors; `width` is the most columns, the rest of the elements are rows
+_COPIED = (
+    {"up_to": 2, "elements": 2048, "width": 1024, "num_warps": 4},
+    {"up_to": 8, "elements": 2048, "width": 1024, "num_warps": 4},
+)
+
+DEFAULT = {
+    # a longer block has fewer programs to start, a shorter one has more of them at work
+    "aggregate_attention": ({"up_to": None, "block": 1024, "num_warps": 4},),
+    # by the tokens of a row of logits, whose softmax is taken in registers: as _IN_REGISTERS
+    "aggregate_attention.logits": (
+        {"up_to": 1024, "num_warps": 4},
+        {"up_to": 2048, "num_warps": 8},
+        {"up_to": 8192, "num_warps": 16},
+    ),
+    # longer rows of logits, read twice: a block's maximum and sum cost less where it is longer
+    "aggregate_attention.long": ({"up_to": None, "block": 1024, "num_warps": 4},),
+    # by the keys of a head, read once: more rows of queries at a time reuse the keys more, and take
+    # registers; of more bytes of keys than `most_bytes` fewer blocks fit than hide the loads
+    "attention_scores": (
+        {"up_to": 512, "rows": 16, "most_bytes": 131072, "num_warps": 4, "num_stages": 1},
+        {"up_to": 1024, "rows": 16, "most_bytes": 131072, "num_warps": 8, "num_stages": 3},
+        {"up_to": 2048, "rows": 16, "most_bytes": 131072, "num_warps": 16, "num_stages": 3},
+    ),
+    # by the bytes of a key, of more keys, read twice: larger blocks read less and take registers
+    # and shared memory; a stage more hides more of the loads and takes as much again
+    "attention_scores.row_statistics": (
+        {"up_to": 512, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 3},
+        {"up_to": 2048, "tokens": 16, "rows": 16, "num_warps": 4, "num_stages": 1},
+        {"up_to": None, "tokens": 16, "rows": 16, "num_warps": 8, "num_stages": 1},
+    ),
+    "attention_scores.column_sums": (
+        {"up_to": 512, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 3},
+        {"up_to": 2048, "tokens": 16, "rows": 16, "num_warps": 4, "num_stages": 1},
+        {"up_to": None, "tokens": 16, "rows": 16, "num_warps": 8, "num_stages": 1},
+    ),
+    # the heads of a sample have programs of their own where else fewer than these would start, at
+    # the price of another launch, in blocks of tokens, that adds them up
+    "sum_heads": ({"up_to": None, "programs": 264, "block": 1024, "num_warps": 4},),
+    "select_tokens": _IN_REGISTERS,
+    # one program a row, a block at a time: longer blocks meet less often, and take registers
+    "select_tokens.long": ({"up_to": None, "block": 2048, "num_warps": 8},),
+    # fewer rows than `rows`, of `tokens` at least, have several programs each, about `programs` in
+    # all: at the price of more launches, which are worth it where a row has many blocks
+    "select_tokens.few": (
+        {
+            "up_to": None,
+            "rows": 128,
+            "tokens": 32768,
+            "programs": 264,
+            "block": 2048,
+            "num_warps": 8,
+        },
+    ),
+    "draw_queries": _IN_REGISTERS,
+    "draw_queries.long": ({"up_to": None, "block": 2048, "num_warps": 8},),
+    "random_masking": _IN_REGISTERS,
+    "random_masking.long": ({"up_to": None, "block": 2048, "num_warps": 8},),
+    "random_masking.rows": _COPIED,
+    "gather_tokens": _COPIED,
+    "restore_tokens": _COPIED,
+    # by the columns of a row, as _COPIED; `ids` are those that a token of several ids looks through
+    # at a time, over the rows of a block, of which narrow ones are many
+    "gather_tokens_backward": (
+        {"up_to": 64, "elements": 512, "width": 64, "ids": 1024, "num_warps": 4},
+        {"up_to": None, "elements": 2048, "width": 1024, "ids": 2048, "num_warps": 4},
+    ),
+    "gather_tokens_backward.notes": ({"up_to": None, "block": 1024, "num_warps": 4},),
+    # more `rows` in a part leave fewer sums to add up, fewer start more programs
+    "restore_tokens_backward": (
+        {"up_to": None, "elements": 4096, "width": 256, "rows": 64, "num_warps": 4},
+    ),
+    "self_guided_masking": ({"up_to": None, "block": 1024, "num_warps": 4},),
+}
+
+# ---- from here on written by bench.tune ----
+# sm_80: never measured, DEFAULT holds
+# sm_90: never measured, DEFAULT holds
+# sm_100: never measured, DEFAULT holds
+MEASURED = {}
+MEASURED_ON = {}

@@ -1,0 +1,141 @@
+"""bench.tune: how Triton's launch settings are measured, without a GPU, and how they are used."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # where bench lies, behind what is installed
+
+from bench import tune  # noqa: E402
+from bench.tune_cases import ENTRIES  # noqa: E402
+from sma_fast.kernels import launching, settings  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_every_entry_is_measured() -> None:
+    assert set(ENTRIES) == set(settings.DEFAULT)
+    for name, entry in ENTRIES.items():
+        assert entry.cases, name
+        for each in settings.DEFAULT[name]:
+            assert set(entry.candidates) < set(each), name
+    for architecture, measured in settings.MEASURED.items():
+        assert set(settings.MEASURED_ON[architecture]) == set(measured) <= set(ENTRIES)
+
+
+def test_classes_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = ({"up_to": 4, "num_warps": 1}, {"up_to": 16, "num_warps": 2})
+    measured = ({"up_to": 8, "num_warps": 4}, {"up_to": None, "num_warps": 8})
+    monkeypatch.setattr(settings, "DEFAULT", {"x": default, "y": default})
+    monkeypatch.setattr(settings, "MEASURED", {"sm_90": {"x": measured}})
+
+    def warps(entry: str) -> list[int]:
+        return [launching.setting(entry, CPU, size)["num_warps"] for size in (4, 5, 16, 99)]
+
+    assert warps("x") == warps("y") == [1, 2, 2, 2] and launching.longest("x", CPU) == 16
+    with launching.on_architecture("sm_90"):
+        assert warps("x") == [4, 4, 8, 8] and warps("y") == [1, 2, 2, 2]
+    with launching.on_architecture("sm_89"):
+        assert warps("x") == [1, 2, 2, 2]
+
+
+def dry_run(*options: str) -> subprocess.CompletedProcess:
+    inherited = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench.tune", "--dry-run", *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=inherited,
+    )
+
+
+def assert_tidy(file: Path) -> None:
+    ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if ruff is None:
+        assert all(len(line) <= 100 for line in file.read_text().splitlines())
+        return
+    for command in (["check"], ["format", "--check", "--diff"]):
+        options = ["--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+        done = subprocess.run([ruff, *command, *options, file], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_dry_run_measures_and_writes_all(tmp_path: Path) -> None:
+    file = tmp_path / "settings.py"
+    ended = dry_run("--write", "--out", str(file))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("made up, sm_90, no time is real\n")
+    found = runpy.run_path(str(file))
+    assert found["DEFAULT"] == settings.DEFAULT and set(found["MEASURED"]["sm_90"]) == set(ENTRIES)
+    assert found["MEASURED"]["sm_90"] != settings.DEFAULT
+    for name, classes in found["MEASURED"]["sm_90"].items():
+        assert [x["up_to"] for x in classes] == [x["up_to"] for x in settings.DEFAULT[name]]
+        on = found["MEASURED_ON"]["sm_90"][name]
+        assert re.fullmatch(r"made up, torch \S+, Triton \S+, \d{4}-\d\d-\d\d", on)
+    text = file.read_text()
+    assert "# sm_80: never measured, DEFAULT holds\n" in text
+    assert f"# sm_90: {len(ENTRIES)} of {len(ENTRIES)} entries measured" in text
+    assert_tidy(file)
+    for part in ended.stdout.split("\n\n"):  # what spills is not taken
+        left_out = re.findall(r"^  (.*): left out, spills \d+ bytes$", part, re.M)
+        assert not set(left_out) & set(re.findall(r"^  taken: (.*)$", part, re.M))
+    assert "left out, spills" in ended.stdout
+
+
+def test_compiled_candidates() -> None:
+    ended = dry_run("--compile", "--op", "gather_tokens_backward.notes")
+    assert ended.returncode == 0, ended.stderr
+    registers = re.findall(r"of the best before, (\d+) registers", ended.stdout)
+    assert registers and all(8 < int(number) < 256 for number in registers)
+    assert "gather_tokens_backward, up" not in ended.stdout
+
+
+def test_what_was_measured_before_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one, other = ({"up_to": None, "block": 1},), ({"up_to": None, "block": 2},)
+    before = {"sm_80": {"sum_heads": one}, "sm_90": {"sum_heads": one, "gather_tokens": one}}
+    where = {name: dict.fromkeys(entries, "then") for name, entries in before.items()}
+    monkeypatch.setattr(settings, "MEASURED", before)
+    monkeypatch.setattr(settings, "MEASURED_ON", where)
+    file = tmp_path / "settings.py"
+    machine = tune.MadeUp(90, False)
+    file.write_text(tune.written(machine, {"sum_heads": other}))
+    found = runpy.run_path(str(file))
+    assert found["MEASURED"] == {
+        "sm_80": {"sum_heads": one},
+        "sm_90": {"sum_heads": other, "gather_tokens": one},
+    }
+    assert found["MEASURED_ON"]["sm_80"] == {"sum_heads": "then"}
+    assert found["MEASURED_ON"]["sm_90"]["gather_tokens"] == "then"
+    assert found["MEASURED_ON"]["sm_90"]["sum_heads"].startswith("made up, torch")
+    assert_tidy(file)
+
+
+def test_the_table_is_as_it_would_be_written() -> None:
+    text = tune.FILE.read_text()
+    assert text.endswith(tune.MARK + tune.rendered(settings.MEASURED, settings.MEASURED_ON))
+
+
+BAD = {
+    "made up times": (["--dry-run", "--write"], "--write: what a dry run makes up"),
+    "unknown op": (["--dry-run", "--op", "nothing"], "--op: unknown nothing, allowed are"),
+    "no GPU": ([], "no GPU that torch can use; --dry-run needs none"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refuses(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    arguments, said = BAD[name]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        tune.main(arguments)
+    assert said in capsys.readouterr().err
