@@ -182,7 +182,7 @@ def test_microseconds_on_a_gpu_are_those_of_graph_replay() -> None:
 
 
 def test_targets_name_shapes_at_their_batch() -> None:
-    assert set(shapes.FULL_BATCH) == set(shapes.ALL)
+    assert set(shapes.FULL_BATCH) == {*shapes.ALL, "patches"}
     for target in targets.GPU_TARGETS:
         batches = {shapes.FULL_BATCH.get(target.shape), shapes.SHAPES[target.shape].batch, 8}
         assert target.device == "cuda" and target.batch_size in batches
