@@ -122,24 +122,18 @@ class Run:
         return f"{self.op}-{self.implementation}{'-large' if self.large else ''}"
 
 
-def runs(
-    ops: Sequence[str] = tuple(SCHEMAS), large: Sequence[bool] = (False,), slow: bool = False
-) -> list:
+def runs(ops: Sequence[str] = tuple(SCHEMAS), large: Sequence[bool] = (False,)) -> list:
     """Returns each op with each way that a GPU's kernel answers it here.
 
-    Triton's interpreter is left out where a test is `slow`, and for large inputs.
+    Triton's interpreter, which the other tests run, is left out.
     """
     found = []
     for op in ops:
         for implementation in implementations(op):
-            if implementation.backend not in ("triton", "cuda"):
-                continue
-            interpreted = (implementation.backend, implementation.device) == ("triton", "cpu")
-            marks = [pytest.mark.interpreted] if interpreted else []
-            for size in large:
-                if not (interpreted and (size or slow)):
-                    run = Run(op, implementation, size)
-                    found.append(pytest.param(run, id=str(run), marks=marks))
+            on_gpu = implementation.device == "cuda" or implementation.emulated
+            if on_gpu and implementation.backend in ("triton", "cuda"):
+                each = [Run(op, implementation, size) for size in large]
+                found += [pytest.param(run, id=str(run)) for run in each]
     return found
 
 
@@ -318,7 +312,7 @@ SIZES = {  # three of an op's, with as many tensors in each
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager"] if DRY else ["aot_eager", "inductor"])
-@pytest.mark.parametrize("run", runs(slow=True))
+@pytest.mark.parametrize("run", runs())
 def test_one_graph_when_compiled(forced: Run, compiler: str):
     sizes = SIZES.get(forced.op, [{"batch": b, "tokens": n} for b, n in ((4, 12), (6, 33))])
     flat = [pytree.tree_flatten(forced.inputs(**size)) for size in sizes]

@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # where bench lies, behind what is installed
 
+from sma_fast.kernels import launching, settings  # noqa: E402
+
 from bench import tune  # noqa: E402
 from bench.tune_cases import ENTRIES  # noqa: E402
-from sma_fast.kernels import launching, settings  # noqa: E402
 
 CPU = torch.device("cpu")
 
