@@ -313,9 +313,11 @@ int bipartition(const BipartitionArgs& a, const Place& place) {
   if (on.error() != cudaSuccess) return on.error();
   const int64_t room = limits_of(place.device).shared_bytes;
   if (bytes_of(a.tokens, 0) > room) return kTooManyTokens;
-  // so many slabs that two blocks fit on a multiprocessor, or else at least two slabs, or one
+  // three slabs where two blocks still fit on a multiprocessor, which keeps 1024 bytes for each; or
+  // as many as there is room for
+  const int64_t half = room / 2 - 1024;
   int buffers = kMostBuffers;
-  while (buffers > 0 && bytes_of(a.tokens, buffers) > (buffers > 2 ? room / 2 : room)) --buffers;
+  while (buffers > 0 && bytes_of(a.tokens, buffers) > (buffers > 2 ? half : room)) --buffers;
   const Grid grid = {dim3(static_cast<unsigned>(a.batch)), kThreads,
                      static_cast<size_t>(bytes_of(a.tokens, buffers))};
   if (a.dtype == kFloat32) return launch(bipartition_kernel<float>, grid, place, a, buffers);
