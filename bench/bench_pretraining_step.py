@@ -2,6 +2,9 @@
 
 "changed parts" is the step of a model without the layers after the first, which this project leaves
 as they are; "whole" has four of them, and "untouched layers" is these four alone.
+
+On vit-b16 it is MAE's step with self-guided MAE's masks. These come from embeddings that are there:
+the unmasked forward that makes them is left out.
 """
 
 import functools
@@ -9,7 +12,7 @@ import functools
 import pytest
 import torch
 
-from bench import harness, steps
+from bench import harness, pictures_step, steps
 from bench.shapes import Shape
 
 
@@ -40,6 +43,14 @@ def bench_pretraining_step(measure, settings, name, part):
     measure(
         harness.Case("pretraining_step", part, _shape(name), steps.ours(step), peers, _check_finite)
     )
+
+
+def bench_pretraining_step_of_pictures(measure, settings):
+    shape = settings.shape("vit-b16")
+    step = pictures_step.build(shape, settings.device, settings.dtype, settings.quick)
+    peers = {"random mask": pictures_step.random(step)}
+    ours = pictures_step.informed(step)
+    measure(harness.Case("pretraining_step", "whole", shape, ours, peers, _check_finite))
 
 
 @pytest.mark.parametrize("name", steps.BATCH)

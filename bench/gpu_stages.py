@@ -53,6 +53,7 @@ RUNS = (
     Run("rows", "float32", None, "select_tokens_of_many"),
     Run("all queries", "float16", None, "of_all_queries"),
     Run("float32", "float32", "full", f"not (of_many or of_all_queries or {FIXED})"),
+    Run("step", "bfloat16", "full", "pretraining_step_of_pictures"),
     Run("fixed cost", "bfloat16", None, "bench_overhead"),
 )
 # What has targets comes first, should the time run out.
@@ -60,7 +61,8 @@ FILES = tuple(
     f"bench/bench_{name}.py"
     for name in (
         *("self_guided_masking", "attention_scores", "random_masking", "gather_tokens"),
-        *("restore_tokens", "select_tokens", "draw_queries", "aggregate_attention", "overhead"),
+        *("restore_tokens", "select_tokens", "bipartition", "pretraining_step"),
+        *("informed_scores", "draw_queries", "aggregate_attention", "overhead"),
     )
 )
 SANITIZED = ("tests/test_select_tokens.py", "tests/test_self_guided_masking.py")

@@ -118,6 +118,13 @@ def eigh_cut(embeddings: Tensor) -> Tensor:
     return vector * largest.sign() > 0
 
 
+def cluster_similarity(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Returns each patch's cosine similarity to the mean of the patches labelled True."""
+    x = torch.nn.functional.normalize(embeddings, dim=2)
+    mean = (x * labels[:, :, None]).sum(1, keepdim=True)
+    return torch.nn.functional.cosine_similarity(x, mean, dim=2)
+
+
 def best_draw(
     batch: int, candidates: int, number: int, padding: Tensor | None, device: str
 ) -> Tensor:

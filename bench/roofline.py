@@ -133,6 +133,11 @@ def similarity(embeddings: Tensor) -> Stage:
     return Stage("similarity", embeddings.nbytes, 2 * batch * tokens * tokens * width)
 
 
+def cluster_similarity(embeddings: Tensor) -> Stage:
+    """Returns the stage that compares patches with the mean of some: the (B, N, C) read twice."""
+    return Stage("cluster similarity", 2 * embeddings.nbytes)
+
+
 def gather(tokens: Tensor, ids: Tensor) -> Stage:
     """Returns the stage that gathers rows: those with an id read, all of (B, V, C) written."""
     row = tokens[0, 0].nbytes

@@ -67,6 +67,8 @@ SHAPES = {
         ),
         # Patches of ViT-B/16, as bipartition gets them; the batch is that of its target.
         Shape("patches", batch=256, tokens=196, width=768, ratio=0.75),
+        # A step of ViT-B/16 on pictures of 224 px.
+        Shape("vit-b16", batch=8, tokens=196, width=768, ratio=0.75),
         # Small enough that only a call's fixed cost is left.
         Shape(
             "2x16", batch=2, heads=2, queries=16, tokens=16, head_dim=8, width=8,
@@ -99,6 +101,7 @@ FULL_BATCH = {
     "vit": 4096,
     "long": 32,
     "patches": 256,
+    "vit-b16": 256,
 }
 FIXED_LENGTH = tuple(name for name in ALL if SHAPES[name].shortest is None)
 

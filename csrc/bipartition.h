@@ -1,11 +1,12 @@
 // bipartition: the patches of a sample cut in two, by the second eigenvector of their similarity.
 //
-// One sample at a time: rows are scaled to length 1 and packed once; their products fill one half
-// of the similarity matrix, in the register tiles of attention_scores, and the other half is
-// copied. The matrix stays in the cache while a block of four vectors is multiplied with it again
-// and again, made orthogonal to the trivial vector and to each other, and turned to the
-// eigenvectors of the 4 x 4 problem between them (subspace iteration with Rayleigh-Ritz). Samples
-// of more than kStoredTokens tokens have no matrix: it is applied as x (x^T v).
+// One sample at a time, and its rows stay in the cache: a block of four vectors is multiplied with
+// the similarities again and again, made orthogonal to the trivial vector and to each other, and
+// turned to the eigenvectors of the 4 x 4 problem between them (subspace iteration with
+// Rayleigh-Ritz). The similarities are applied as x (x^T v), which costs less than their matrix
+// where few iterations are enough, as they mostly are. Where they are not, their matrix is made of
+// the rows after all, up to kStoredTokens tokens: one half in the register tiles of
+// attention_scores, the other half copied.
 #pragma once
 #include "attention_scores.h"
 #include "small_eigen.h"
@@ -14,7 +15,9 @@ namespace sma {
 namespace SMA_ISA {
 
 constexpr int64_t kStoredTokens = 256;
+constexpr int kDirectTokens = 8;  // the matrix pays after an iteration for each so many tokens
 constexpr int kVectors = 4;
+constexpr int kRowsAtOnce = 4;
 constexpr float kNothing = 1e-6f;  // eigenvalues up to here count as 0
 constexpr float kSignTie = 1e-3f;  // entries within this share of the largest count as large
 
@@ -41,9 +44,8 @@ struct BipartitionPlan {
       : padded(round_up(larger<int64_t>(a.tokens, 1), kLanes)), stored(a.tokens <= kStoredTokens) {}
 
   int64_t size(const BipartitionArgs& a) const {
-    const int64_t packed =
-        stored ? padded * padded + (padded + kTileRows) * a.width : kVectors * a.width;
-    return packed + (2 * kVectors + 4) * padded;
+    const int64_t packed = stored ? padded * padded + (padded + kTileRows) * a.width : 0;
+    return packed + kVectors * a.width + (2 * kVectors + 4) * padded;
   }
 };
 
@@ -63,7 +65,8 @@ class Cut {
         n(tokens.count),
         vectors(take(&scratch, kVectors * plan.padded)),
         products(take(&scratch, kVectors * plan.padded)),
-        rest(scratch) {}
+        along(take(&scratch, kVectors * args.width)),
+        matrix(scratch) {}
 
   // False: an embedding is not finite.
   bool run() {
@@ -72,11 +75,12 @@ class Cut {
     double values[kVectors] = {};
     bool converged = false;
     if (size > 0) {
-      if (plan.stored) fill_matrix();
+      if (plan.stored && extreme) fill_matrix();
       find_degrees();
-      for (int j = 0; j < size; ++j) start(j, 0);
+      for (int j = 0; j < kVectors; ++j) start(j, 0);
       for (int j = 0; j < size; ++j) make_orthogonal(vectors, j, 0);
       for (int64_t i = 0; i < a.iterations && !converged; ++i) {
+        if (plan.stored && !filled && i == n / kDirectTokens) fill_matrix();
         if (i > 0) next_vectors(size, i);
         multiply(size);
         converged = turn_to_eigenvectors(size, values);
@@ -98,7 +102,10 @@ class Cut {
   const int64_t n;
   float* const vectors;   // [vector][valid token]
   float* const products;  // of the matrix with them
-  float* const rest;      // matrix and packed rows; or x^T v
+  float* const along;     // x^T v, [vector][feature]
+  float* const matrix;    // of cosines, and packed rows behind it
+  bool filled = false;    // the matrix is
+  bool extreme = false;   // a row is so long or short that floats may not hold its products
 
   static float* take(float** from, int64_t count) {
     float* taken = *from;
@@ -108,13 +115,19 @@ class Cut {
   const T* row(int64_t i) const {
     return rows + (tokens.index == nullptr ? i : tokens.index[i]) * a.strides[1];
   }
-  float at(int64_t i, int64_t d) const { return to_float(row(i)[d * a.strides[2]]); }
   bool cut() const { return a.method == kNcut; }
 
   bool find_scales() {
     for (int64_t i = 0; i < n; ++i) {
-      double sum = 0;
-      for (int64_t d = 0; d < a.width; ++d) sum += static_cast<double>(at(i, d)) * at(i, d);
+      double sum = squares(row(i), a.width);
+      if (!(sum > 1e-30 && sum < 1e30)) {  // a float cannot tell
+        sum = 0;
+        for (int64_t d = 0; d < a.width; ++d) {
+          const double x = to_float(row(i)[d]);
+          sum += x * x;
+        }
+        extreme = extreme || sum > 0;
+      }
       if (!(sum < __builtin_huge_val())) return false;
       // of a row of subnormals the float would be infinite
       scale[i] = sum > 0 ? static_cast<float>(smaller(1 / __builtin_sqrt(sum), 3e38)) : 0.0f;
@@ -122,16 +135,33 @@ class Cut {
     return true;
   }
 
-  // rest[i][j] = cosine of rows i and j.
+  static float squares(const T* x, int64_t width) {
+    Vf sum[4] = {};
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= width; d += 4 * kLanes)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Vf v = load_floats(x + d + j * kLanes);
+        sum[j] += v * v;
+      }
+    float rest = 0;
+    for (; d < width; ++d) rest += to_float(x[d]) * to_float(x[d]);
+    return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+  }
+
+  // matrix[i][j] = cosine of rows i and j.
   void fill_matrix() {
-    float* const matrix = rest;
     float* const panels = matrix + plan.padded * plan.padded;
     float* const group_rows = panels + plan.padded * a.width;
-    for (int64_t p = 0; p < plan.padded; p += kLanes)
-      for (int64_t d = 0; d < a.width; ++d)
-        for (int lane = 0; lane < kLanes; ++lane)
-          panels[p * a.width + d * kLanes + lane] =
-              p + lane < n ? at(p + lane, d) * scale[p + lane] : 0.0f;
+    for (int64_t p = 0; p < n; p += kLanes) {
+      float* const panel = panels + p * a.width;
+      const int64_t count = smaller<int64_t>(kLanes, n - p);
+      pack_keys(rows, a.strides[1], 1, a.width, tokens.index, p, count, panel);
+      Vf factor = {};
+      for (int64_t i = 0; i < count; ++i) factor[i] = scale[p + i];
+      for (int64_t d = 0; d < a.width * kLanes; d += kLanes)
+        store(panel + d, load<Vf>(panel + d) * factor);
+    }
     Ahead nothing = {};
     const Range all = {0, n};
     for (int64_t g = 0; g < row_groups(all); ++g) {
@@ -151,6 +181,7 @@ class Cut {
       for (int64_t j = 0; j < i; ++j) matrix[i * plan.padded + j] = matrix[j * plan.padded + i];
       for (int64_t j = n; j < plan.padded; ++j) matrix[i * plan.padded + j] = 0.0f;
     }
+    filled = true;
   }
 
   // For a cut the matrix is (1 + cosine) / 2 between roots of the degrees, else cosine / n.
@@ -194,32 +225,93 @@ class Cut {
 
   // products = cosines of all rows, times vectors.
   void apply_cosine(int size) {
-    if (plan.stored) {
-      for (int64_t i = 0; i < plan.padded; i += kLanes) {
-        Vf sum[kVectors] = {};
-        const float* column = rest + i;  // the matrix is symmetric: a row of it
-        for (int64_t k = 0; k < n; ++k) {
-          const Vf m = load<Vf>(column + k * plan.padded);
+    if (filled) multiply_matrix(size);
+    else if (size == 1) multiply_rows<1>();
+    else multiply_rows<kVectors>();
+  }
+
+  void multiply_matrix(int size) {
+    for (int64_t i = 0; i < plan.padded; i += kLanes) {
+      Vf sum[kVectors] = {};
+      const float* column = matrix + i;  // it is symmetric: a row of it
+      for (int64_t k = 0; k < n; ++k) {
+        const Vf m = load<Vf>(column + k * plan.padded);
 #pragma GCC unroll 4
-          for (int j = 0; j < kVectors; ++j) sum[j] += splat(vectors[j * plan.padded + k]) * m;
-        }
-        for (int j = 0; j < size; ++j) store(products + j * plan.padded + i, sum[j]);
+        for (int j = 0; j < kVectors; ++j) sum[j] += splat(vectors[j * plan.padded + k]) * m;
       }
-      return;
+      for (int j = 0; j < size; ++j) store(products + j * plan.padded + i, sum[j]);
     }
-    float* const along = rest;  // x^T v, for each vector
-    for (int64_t d = 0; d < size * a.width; ++d) along[d] = 0.0f;
-    for (int64_t i = 0; i < n; ++i)
-      for (int j = 0; j < size; ++j) {
-        const float factor = vectors[j * plan.padded + i] * scale[i];
-        for (int64_t d = 0; d < a.width; ++d) along[j * a.width + d] += at(i, d) * factor;
+  }
+
+  // x (x^T v), of kCount vectors; those behind the last one count for nothing.
+  template <int kCount>
+  void multiply_rows() {
+    for (int64_t d = 0; d < kCount * a.width; ++d) along[d] = 0.0f;
+    for (int64_t i = 0; i < n; i += kRowsAtOnce) add_rows_along<kCount>(i);
+    for (int64_t i = 0; i < n; i += kRowsAtOnce) multiply_along<kCount>(i);
+  }
+
+  // Rows from i on; those behind the last repeat it.
+  struct Rows {
+    const T* of[kRowsAtOnce];
+  };
+  Rows rows_from(int64_t i) const {
+    Rows some;
+    for (int k = 0; k < kRowsAtOnce; ++k) some.of[k] = row(smaller(i + k, n - 1));
+    return some;
+  }
+
+  template <int kCount>
+  void add_rows_along(int64_t i) {
+    const Rows x = rows_from(i);
+    float factor[kRowsAtOnce][kCount];
+    for (int k = 0; k < kRowsAtOnce; ++k)
+      for (int j = 0; j < kCount; ++j)
+        factor[k][j] = i + k < n ? vectors[j * plan.padded + i + k] * scale[i + k] : 0.0f;
+    int64_t d = 0;
+    for (; d + kLanes <= a.width; d += kLanes) {
+      Vf v[kRowsAtOnce];
+#pragma GCC unroll 4
+      for (int k = 0; k < kRowsAtOnce; ++k) v[k] = load_floats(x.of[k] + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) {
+        float* const at = along + j * a.width + d;
+        Vf sum = load<Vf>(at);
+#pragma GCC unroll 4
+        for (int k = 0; k < kRowsAtOnce; ++k) sum += splat(factor[k][j]) * v[k];
+        store(at, sum);
       }
-    for (int64_t i = 0; i < n; ++i)
-      for (int j = 0; j < size; ++j) {
-        float sum = 0;
-        for (int64_t d = 0; d < a.width; ++d) sum += at(i, d) * along[j * a.width + d];
-        products[j * plan.padded + i] = sum * scale[i];
+    }
+    for (; d < a.width; ++d)
+      for (int j = 0; j < kCount; ++j)
+        for (int k = 0; k < kRowsAtOnce; ++k)
+          along[j * a.width + d] += factor[k][j] * to_float(x.of[k][d]);
+  }
+
+  template <int kCount>
+  void multiply_along(int64_t i) {
+    const Rows x = rows_from(i);
+    Vf sum[kRowsAtOnce][kCount] = {};
+    float rest[kRowsAtOnce][kCount] = {};
+    int64_t d = 0;
+    for (; d + kLanes <= a.width; d += kLanes) {
+      Vf v[kRowsAtOnce];
+#pragma GCC unroll 4
+      for (int k = 0; k < kRowsAtOnce; ++k) v[k] = load_floats(x.of[k] + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) {
+        const Vf w = load<Vf>(along + j * a.width + d);
+#pragma GCC unroll 4
+        for (int k = 0; k < kRowsAtOnce; ++k) sum[k][j] += w * v[k];
       }
+    }
+    for (; d < a.width; ++d)
+      for (int k = 0; k < kRowsAtOnce; ++k)
+        for (int j = 0; j < kCount; ++j)
+          rest[k][j] += along[j * a.width + d] * to_float(x.of[k][d]);
+    for (int k = 0; k < kRowsAtOnce && i + k < n; ++k)
+      for (int j = 0; j < kCount; ++j)
+        products[j * plan.padded + i + k] = (reduce_add(sum[k][j]) + rest[k][j]) * scale[i + k];
   }
 
   // Deterministic noise in [-1, 1).

@@ -374,6 +374,8 @@ def bipartition(embeddings, key_padding_mask, method, iterations, tol) -> tuple[
     batch, tokens, width = embeddings.shape
     (key_padding_mask,) = _contiguous(key_padding_mask)
     device = embeddings.device
+    if embeddings.stride(2) != 1 and _backend(embeddings) == "cpu":
+        embeddings = embeddings.contiguous()
     cut = (
         _empty((batch, tokens), torch.float32, device),
         _empty((batch, tokens), torch.bool, device),

@@ -582,7 +582,7 @@ def bipartition(
     key_padding_mask: Tensor | None = None,
     method: str = "ncut",
     iterations: int = 64,
-    tol: float = 1e-4,
+    tol: float = 3e-4,
     similarity: str = "cosine",
 ) -> Bipartition:
     """Returns the patches of each sample cut in two by the similarity of their embeddings.

@@ -168,12 +168,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = [x for x in every[0] if all(x in others for others in every)]
     if metafunc.definition.get_closest_marker("one_instruction_set"):
         found = list({x.backend: x for x in found}.values())  # the last, which is the best
-    if metafunc.definition.get_closest_marker("not_interpreted"):
-        found = [x for x in found if (x.backend, x.device) != ("triton", "cpu")]
     metafunc.parametrize("backend", found, indirect=True, ids=str)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what runs slowly, and leaves out what would run too slowly."""
     for item in items:
         chosen = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         if not isinstance(chosen, Implementation) or chosen.device != "cpu":
@@ -182,6 +181,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("interpreted")
         elif chosen.emulated:
             item.add_marker("emulated")
+    # a mark of a test, or of one of its parameters
+    items[:] = [
+        item
+        for item in items
+        if not (
+            item.get_closest_marker("not_interpreted") and item.get_closest_marker("interpreted")
+        )
+    ]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -306,6 +306,12 @@ def test_the_kernels_of_gpus_without_clusters():
     run_kernels(files, some, SMA_EMULATED_ARCH="80")
 
 
+def test_the_kernels_of_gpus_without_room_for_large_clusters():
+    files = [f"tests/test_{op}.py" for op in ("select_tokens", "self_guided_masking")]
+    some = "cuda-emulated and (test_large and wide and float32 or test_long_rows and few and 0.15)"
+    run_kernels(files, some, SMA_EMULATED_CLUSTER="8")
+
+
 OF_OTHER_ORDERS = (  # rows of a warp, of a block and of a cluster; heads and keys that are shared
     "cuda-emulated and (test_literal or test_cases and (float32 or bfloat16)"
     " or test_is_the_three_ops_in_a_row or test_drawn_tokens_of_long_rows"

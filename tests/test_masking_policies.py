@@ -192,7 +192,7 @@ def test_hpm_learns_which_patches_are_hard() -> None:
         (lambda: HPMMasking(8, mask_ratio="x"), "mask_ratio: got str"),
         (lambda: HPMMasking(8, final_share=2.0), "final_share: got 2.0"),
         (lambda: HPMMasking(8).share(1.5), "progress: got 1.5"),
-        (lambda: picture_policy("block", MAEConfig()), "name: got 'block', allowed is 'random'"),
+        (lambda: picture_policy("block", MAEConfig()), "name: got 'block', allowed is 'selfmae'"),
         (
             lambda: AttMaskMasking("hint", 0.95)(build(), pictures()),
             "hint_share: got 0.1, 2 hints beside 16 masked of 16 patches",

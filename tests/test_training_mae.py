@@ -339,7 +339,7 @@ OPTIONS = {
     "--set-mask pictures=9": (1, "pictures: got 9 in masking, allowed is as many as the train"),
     "--set-mask mask_ratio=1": (1, "mask_ratio: got 1, allowed is"),
     "--set mask_ratio=0.5 --set-mask mask_ratio=0.6": (1, "mask_ratio: got 0.5 of the model and"),
-    "--mask hpm --set-mask start=1": (1, "unexpected keyword argument 'start'"),
+    "--mask hpm --set-mask start=1": (1, "options of mask 'hpm': got 'start', allowed is"),
     "--mask attmask --set-mask kind=hint": (1, "kind: got 'hint' in masking, allowed is --mask"),
     "--fsdp full_shard": (1, "fsdp: got 'full_shard', allowed is none with --model mae"),
     "--alphabet ABC": (1, "alphabet: got 'ABC', allowed is for sequences only"),

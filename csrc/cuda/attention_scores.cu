@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTi
                     const __grid_constant__ Turn turn) {
   using Score = Scorer<kType, kFewTiles>;
   char* const memory = shared_memory();
-  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(Score::warps()));
+  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(warps()));
   int* const rows = reinterpret_cast<int*>(&shared + 1);
   const int64_t split = blockIdx.x % turn.splits, at = blockIdx.x / turn.splits;
   const int64_t head = turn.head + at % turn.heads, b = turn.sample + at / turn.heads;
@@ -42,13 +42,12 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTi
   Score scorer(a, turn.memory, b, memory);
   const int64_t first_key = split * turn.split_keys;
   const int64_t last_key = min(a.tokens, first_key + turn.split_keys);
-  const int64_t keys = turn.memory.keys(Score::warps());
-  const unsigned lane = Score::lane(), warp = Score::warp();
+  const int64_t keys = turn.memory.keys(warps());
   for (int first = 0; first < list.count; first += turn.memory.chunk_rows()) {
     const int count = min(turn.memory.chunk_rows(), list.count - first);
     // a warp keeps its own sums of the chunk's rows
-    for (unsigned i = lane; i < turn.memory.chunk_rows(); i += kWarp)
-      shared.sums[i][warp] = {-kInfinity, 0.0f};
+    for (unsigned i = lane(); i < turn.memory.chunk_rows(); i += kWarp)
+      shared.sums[i][warp()] = {-kInfinity, 0.0f};
     scorer.stage_queries(0, head, list, first);
     for (int64_t key = first_key; key < last_key; key += keys) {
       if (first == 0 || last_key - first_key > keys) {  // else they are there
@@ -63,9 +62,9 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTi
         scorer.logits(0, 0, tile, e);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          RowSum& own = shared.sums[tile * kRowTile + half * 8 + lane / 4][warp];
+          RowSum& own = shared.sums[tile * kRowTile + half * 8 + lane() / 4][warp()];
           const RowSum more = scorer.exponentials(e, half);
-          if (lane % 4 == 0) own = join(own, more);
+          if (lane() % 4 == 0) own = join(own, more);
         }
       }
       __syncthreads();
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTi
     RowSum* parts = turn.parts + (at * turn.splits + split) * turn.rows + first;
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       RowSum sum = shared.sums[i][0];
-      for (unsigned w = 1; w < Score::warps(); ++w) sum = join(sum, shared.sums[i][w]);
+      for (unsigned w = 1; w < warps(); ++w) sum = join(sum, shared.sums[i][w]);
       parts[i] = sum;
     }
     __syncthreads();
@@ -97,9 +96,9 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTi
                        const __grid_constant__ Turn turn, int64_t blocks, bool adds) {
   using Score = Scorer<kType, kFewTiles>;
   char* const memory = shared_memory();
-  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(Score::warps()));
+  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(warps()));
   int* const rows = reinterpret_cast<int*>(&shared + 1);
-  const int64_t keys = turn.memory.keys(Score::warps());
+  const int64_t keys = turn.memory.keys(warps());
   const bool apart = a.reduce == kNone;
   const int64_t first_key = blockIdx.x % blocks * keys, at = blockIdx.x / blocks;
   const int64_t b = turn.sample + (apart ? at / turn.heads : at);
@@ -107,7 +106,6 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTi
   const int64_t last_head = apart ? first_head + 1 : turn.head + turn.heads;
   Score scorer(a, turn.memory, b, memory);
   scorer.look_at(first_key, min(a.tokens, first_key + keys));
-  const unsigned lane = Score::lane();
   for (int64_t head = first_head; head < last_head; ++head) {
     const RowList list = list_rows(a, b, head, turn.row, turn.row + turn.rows, rows, shared.counts);
     const RowSum* whole =
@@ -128,7 +126,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTi
         scorer.logits(0, buffer, tile, e);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = half * 8 + static_cast<int>(lane / 4);
+          const int row = half * 8 + static_cast<int>(lane() / 4);
           const RowSum sum = row < left ? whole[first + tile * kRowTile + row] : RowSum{0.0f, 0.0f};
           scorer.exponentials(e, half, sum.most);
           scorer.add(e, half, sum.sum);

@@ -50,8 +50,6 @@ class CutVectors {
   char* const rest;
   unsigned n = 0;  // valid tokens
 
-  static __device__ unsigned warp() { return threadIdx.x / kWarp; }
-  static __device__ unsigned lane() { return threadIdx.x % kWarp; }
   static __device__ float* part(float4* x, int j) { return reinterpret_cast<float*>(x) + j; }
 
   // How many of the block's threads before this one say yes; and of all of them.

@@ -112,6 +112,11 @@ __device__ inline T* cluster_map(T* shared, unsigned) {
 
 #endif  // __CUDACC__
 
+// Where a thread is in its block.
+__device__ inline unsigned lane() { return threadIdx.x % kWarp; }
+__device__ inline unsigned warp() { return threadIdx.x / kWarp; }
+__device__ inline unsigned warps() { return blockDim.x / kWarp; }
+
 // How a kernel is launched, with how many blocks in a cluster.
 struct Grid {
   dim3 blocks;

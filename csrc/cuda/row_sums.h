@@ -61,7 +61,6 @@ struct RowList {
 // call it; `counts` has a place for each warp.
 __device__ inline RowList list_rows(const AttentionScoresArgs& a, int64_t b, int64_t head,
                                     int64_t first, int64_t last, int* rows, int* counts) {
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int total = 0;
 #pragma unroll 1
   for (int64_t from = first; from < last; from += blockDim.x) {
@@ -73,15 +72,15 @@ __device__ inline RowList list_rows(const AttentionScoresArgs& a, int64_t b, int
       if (a.head_index != nullptr && a.head_index[b * a.selected + r] != head) query = -1;
     }
     const unsigned takes = __ballot_sync(kAllLanes, query >= 0);
-    if (lane == 0) counts[warp] = __popc(takes);
+    if (lane() == 0) counts[warp()] = __popc(takes);
     __syncthreads();
     int before = total;
 #pragma unroll 1
-    for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
-      if (w < warp) before += counts[w];
+    for (unsigned w = 0; w < warps(); ++w) {
+      if (w < warp()) before += counts[w];
       total += counts[w];
     }
-    if (query >= 0) rows[before + __popc(takes & ((1u << lane) - 1))] = static_cast<int>(query);
+    if (query >= 0) rows[before + __popc(takes & ((1u << lane()) - 1))] = static_cast<int>(query);
     __syncthreads();  // the counts are read, the rows written
   }
   return {rows, total};

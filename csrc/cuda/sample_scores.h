@@ -152,8 +152,7 @@ class SampleScores {
         if (half == 1 && left <= 8) break;
         const RowSum own = scorer.exponentials(e, half);
         most[half] = own.most;
-        const unsigned warp = Score::warp();
-        if (Score::lane() % kQuad == 0) row_sums[parity][row_of(half)][warp / 2].of[warp % 2] = own;
+        if (lane() % kQuad == 0) row_sums[parity][row_of(half)][warp() / 2].of[warp() % 2] = own;
       }
       __syncthreads();
       if (plan.shares_keys) tell_blocks();
@@ -169,22 +168,20 @@ class SampleScores {
     }
   }
 
-  static __device__ int row_of(int half) {
-    return half * 8 + static_cast<int>(Score::lane()) / kQuad;
-  }
+  static __device__ int row_of(int half) { return half * 8 + static_cast<int>(lane()) / kQuad; }
 
   // What the keys of this block add up to.
   __device__ RowSum of_warps(int row) const {
-    const RowSumPair pair = row_sums[parity][row][Score::lane() % kQuad];
+    const RowSumPair pair = row_sums[parity][row][lane() % kQuad];
     return join_row(pair.of);
   }
 
   // What the keys of all blocks add up to.
   __device__ void tell_blocks() {
-    if (Score::warp() < 2) {
-      const int row = row_of(static_cast<int>(Score::warp()));
+    if (warp() < 2) {
+      const int row = row_of(static_cast<int>(warp()));
       const RowSum all = of_warps(row);
-      if (Score::lane() % kQuad == 0) block_sums[parity][row] = all;
+      if (lane() % kQuad == 0) block_sums[parity][row] = all;
     }
     cluster_sync();
   }
@@ -192,7 +189,7 @@ class SampleScores {
     RowSum parts[kMostBlocks / kQuad];
 #pragma unroll
     for (unsigned i = 0; i < kMostBlocks / kQuad; ++i) {
-      const unsigned block = Score::lane() % kQuad + i * kQuad;
+      const unsigned block = lane() % kQuad + i * kQuad;
       parts[i] = {-kInfinity, 0.0f};
       if (block < plan.blocks) parts[i] = *cluster_map(&block_sums[parity][row], block);
     }

@@ -63,9 +63,9 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
 // not depend on the batch. `selects`: tokens are selected and gathered too.
 Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool selects) {
   if (std::max(a.selected, a.heads) > kMostListed) return {};
-  const unsigned most_blocks = limits.major == 9  ? kMostBlocks
-                               : limits.major > 9 ? kPortableCluster
-                                                  : 1;
+  const unsigned most_blocks = limits.large_clusters ? kMostBlocks
+                               : limits.major >= 9   ? kPortableCluster
+                                                     : 1;
   const bool apart = a.reduce == kNone;
   int groups = 1;
   while (groups < kMostGroups && groups * 2 <= a.heads) groups *= 2;
@@ -121,14 +121,7 @@ int launch_masking(const SelfGuidedMaskingArgs& a, bool selects, const Place& pl
                                                        : kernel_of<kManyTiles>(a.attention.dtype);
   const unsigned cluster = a.attention.reduce == kNone ? 1 : plan.blocks;
   const Grid grid = {dim3(static_cast<unsigned>(blocks)), plan.warps * kWarp, plan.bytes, cluster};
-  if (cluster <= kPortableCluster) return launch(kernel, grid, place, a, plan, selects);
-  // not every GPU has room for so large a cluster
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess) error = launch(kernel, grid, place, a, plan, selects);
-  if (error == cudaSuccess) return error;
-  cudaGetLastError();  // it is not the next launch's
-  return kNotAtOnce;
+  return launch(kernel, grid, place, a, plan, selects);
 }
 
 bool small_rows(const SelfGuidedMaskingArgs& a) {  // whose words 32 bits can count

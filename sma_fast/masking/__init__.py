@@ -10,12 +10,14 @@ from sma_fast import _check
 from sma_fast.masking.attmask import AttMaskMasking
 from sma_fast.masking.hpm import HPMMasking
 from sma_fast.masking.random import RandomMasking
+from sma_fast.masking.selfmae import SelfMAEMasking
 
 POLICIES = {
-    "random": lambda config, **given: RandomMasking(**given),
-    "attmask": lambda config, **given: AttMaskMasking(**given),
-    "attmask-hint": lambda config, **given: AttMaskMasking(**({"kind": "hint"} | given)),
-    "hpm": lambda config, **given: HPMMasking(**({"width": config.hidden_size} | given)),
+    "selfmae": SelfMAEMasking,
+    "random": RandomMasking,
+    "attmask": AttMaskMasking,
+    "attmask-hint": AttMaskMasking,
+    "hpm": HPMMasking,
 }
 
 
@@ -35,7 +37,15 @@ def picture_policy(name: str, config: Any, **arguments: Any) -> Any:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
     _check.choice("name", name, tuple(POLICIES))
-    return POLICIES[name](config, **arguments)
+    given = {"attmask-hint": {"kind": "hint"}, "hpm": {"width": config.hidden_size}}.get(name, {})
+    return POLICIES[name](**(given | arguments))
 
 
-__all__ = ["POLICIES", "AttMaskMasking", "HPMMasking", "RandomMasking", "picture_policy"]
+__all__ = [
+    "POLICIES",
+    "AttMaskMasking",
+    "HPMMasking",
+    "RandomMasking",
+    "SelfMAEMasking",
+    "picture_policy",
+]

@@ -48,7 +48,7 @@ class SelfMAEMasking:
     method: str = "ncut"
     cluster: str = "object"
     iterations: int = 64
-    tol: float = 1e-4
+    tol: float = 3e-4
     initial_hints: float = 1.0
     final_hints: float = 0.1
     refresh: int = 5

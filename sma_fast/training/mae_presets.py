@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sma_fast.masking import POLICIES, picture_policy
-from sma_fast.masking.selfmae import SelfMAEMasking
 from sma_fast.models import MAEConfig
 from sma_fast.training.presets import Preset, Schedule
 
 DEFAULT = "mae-32"
-MASKS = ("selfmae", *(name for name in POLICIES if name != "selfmae"))
+MASKS = tuple(POLICIES)
 AUGMENTATIONS = ("flip", "crop", "none")
 _NOT_HERE = {  # arguments of policies that something else decides
     "kind": "--mask attmask or attmask-hint",
@@ -98,13 +97,10 @@ def mae_policy(
             raise ValueError(f"{name}: got {arguments[name]!r} in masking, allowed is {instead}")
     given = {name: value for name, value in arguments.items() if name != "mask_ratio"}
     try:
-        if mask == "selfmae":
-            _check_names(SelfMAEMasking, given)
-            if given.get("table") is not None:
-                given["pictures"] = pictures or 1
-            policy = SelfMAEMasking(**given)
-        else:
-            policy = picture_policy(mask, config, **given)
+        _check_names(POLICIES[mask], given)
+        if given.get("table") is not None:
+            given["pictures"] = pictures or 1
+        policy = picture_policy(mask, config, **given)
     except TypeError as error:
         raise ValueError(f"options of mask {mask!r}: {error}") from None
     layer, depth = getattr(policy, "layer", -1), config.num_hidden_layers

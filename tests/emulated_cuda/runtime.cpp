@@ -8,7 +8,7 @@ namespace {
 
 constexpr size_t kPortableShared = 48 << 10;
 constexpr unsigned kMostThreads = 1024, kMostGrid = 65535;
-constexpr unsigned kPortableCluster = 8, kMostCluster = 16;
+constexpr unsigned kPortableCluster = 8;
 
 // SMA_EMULATED_ARCH=80 makes it an older GPU.
 int arch() {
@@ -16,6 +16,12 @@ int arch() {
   return given == nullptr ? 90 : std::atoi(given);
 }
 int most_shared() { return arch() < 90 ? 166912 : 232448; }
+
+// SMA_EMULATED_CLUSTER=8 makes it one without room for larger clusters.
+unsigned most_cluster() {
+  const char* given = std::getenv("SMA_EMULATED_CLUSTER");
+  return given == nullptr ? 16 : static_cast<unsigned>(std::atoi(given));
+}
 
 // SMA_EMULATED_ERROR=209 makes every launch fail with that error, in CUDA's own words.
 cudaError_t chosen_error() {
@@ -132,7 +138,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config) {
-  const unsigned most = attributes_of(kernel).large_clusters ? kMostCluster : kPortableCluster;
+  const unsigned most = attributes_of(kernel).large_clusters ? most_cluster() : kPortableCluster;
   *clusters = arch() >= 90 && config->attrs[0].val.clusterDim.x <= most;
   return cudaSuccess;
 }
@@ -162,7 +168,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
                                              " bytes of shared memory, the kernel may have " +
                                              std::to_string(allowed.shared));
   const uint64_t blocks = uint64_t{cluster.x} * cluster.y * cluster.z;
-  const unsigned most = arch() < 90 ? 1 : allowed.large_clusters ? kMostCluster : kPortableCluster;
+  const unsigned most = arch() < 90              ? 1
+                        : allowed.large_clusters ? most_cluster()
+                                                 : kPortableCluster;
   if (blocks == 0 || blocks > most)
     return report(cudaErrorInvalidClusterSize, "a cluster of " + text(cluster) + " blocks");
   if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0)

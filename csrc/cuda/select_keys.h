@@ -1,0 +1,255 @@
+// The keys of one row of scores, and what stands in their place for tokens without one.
+//
+// What a block keeps of the row, a key for each token, lies in shared memory where it fits; else
+// keys are made from the scores each time, and what is known of a token lies in the mask.
+#pragma once
+#include "../args.h"
+#include "device.h"
+
+namespace sma {
+namespace cuda {
+
+constexpr int kBinBits = 10;
+constexpr unsigned kBins = 1u << kBinBits;
+constexpr unsigned kFewKeys = 128;  // so many are compared each with each
+constexpr unsigned kMostWarps = 32;
+constexpr unsigned kReads = 8;   // scores that a thread has on their way,
+constexpr unsigned kCounts = 4;  // and keys
+
+// The same pointer to global memory, as one that is not to be computed again at each use.
+template <class T>
+__device__ inline T* hoisted(T* pointer) {
+#ifdef __CUDACC__
+  size_t address = __cvta_generic_to_global(pointer);
+  asm("" : "+l"(address));
+  pointer = static_cast<T*>(__cvta_global_to_generic(address));
+#endif
+  return pointer;
+}
+
+// Unsigned integers in the order of the scores times `sign`; NaN counts as -inf, and -0 is 0.
+__device__ inline uint32_t ordered_key(float x, float sign) {
+  const float value = fmaxf(fmaf(x, sign, 0.0f), -__builtin_huge_valf());
+  const uint32_t bits = __float_as_uint(value);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+}
+constexpr uint32_t kLastKey = 0x007FFFFFu;   // of -inf
+constexpr uint32_t kFirstKey = 0xFF800000u;  // of +inf
+constexpr uint32_t kNoKey = 0xFFFFFFFEu;     // above all that compete
+
+// What stands in place of a key for a token without one, so that all that are masked already are
+// above a threshold, and all that cannot be are below. In the mask of a row, only the last byte.
+enum Mark : uint32_t {
+  kPadding = 0,
+  kPassed = 1,          // visible by an earlier choice
+  kCompetes = 2,        // its key is not made yet
+  kDrawn = 3,           // so is this one's, and it goes before all others
+  kTaken = 0xFFFFFFFFu  // masked by an earlier choice
+};
+
+struct Threshold {
+  uint32_t key;   // all above are chosen,
+  unsigned ties;  // and the first so many that equal it
+};
+
+struct RowCounts {
+  unsigned taken, ties, valid;
+};
+
+// In shared memory. What other blocks of the cluster read stands first.
+struct alignas(16) SelectShared {
+  uint32_t bins[kBins];
+  uint32_t few[kFewKeys];  // keys in doubt, of this block
+  unsigned few_count;
+  uint32_t low, high;                 // of this block's competing keys
+  unsigned competing;                 // how many
+  RowCounts part;                     // this block's
+  alignas(16) uint32_t total[kBins];  // of the bins of the cluster
+  uint32_t all[kFewKeys];             // keys in doubt, of the cluster
+  uint32_t low_of[kMostWarps], high_of[kMostWarps];
+  unsigned count_of[kMostWarps];
+  RowCounts counts_of[kMostWarps], front_of[kMostWarps];
+  Threshold threshold;
+  uint32_t found_low, found_high;
+  unsigned found_above, found_inside;
+};
+
+// Tokens of a row.
+struct Span {
+  unsigned begin, end;
+};
+__host__ __device__ inline Span part_of_row(unsigned tokens, unsigned part, unsigned rank) {
+  const uint64_t begin = static_cast<uint64_t>(part) * rank, end = begin + part;
+  return {static_cast<unsigned>(begin < tokens ? begin : tokens),
+          static_cast<unsigned>(end < tokens ? end : tokens)};
+}
+
+// What this block does for a row. The blocks of a cluster write a part each. They search the row
+// together, where each searches what it writes, or each searches the whole row by itself.
+struct RowShare {
+  Span searched, written;
+};
+
+// Bytes of shared memory for the keys of so many tokens that a block searches.
+__host__ __device__ inline size_t held_bytes(int64_t tokens) {
+  return static_cast<size_t>((tokens + 3) / 4 * 4) * sizeof(uint32_t);
+}
+
+// kHeld: keys lie in shared memory. kPlain: every token competes, in one choice: no padding,
+// nothing drawn, no random share, no pool. kTogether: the cluster searches together.
+template <bool kHeld_, bool kPlain_, bool kTogether_>
+class RowKeys {
+ public:
+  static constexpr bool kHeld = kHeld_, kPlain = kPlain_, kTogether = kTogether_;
+
+  // keys: place for those that are searched, see held_bytes; null unless held.
+  __device__ RowKeys(const SelectTokensArgs& args, int64_t sample, Span searched,
+                     SelectShared* shared, uint32_t* keys)
+      : a(args),
+        b(sample),
+        row(sample * args.tokens),
+        begin(searched.begin),
+        size(searched.end - searched.begin),
+        s(*shared),
+        keys(keys) {}
+
+  const SelectTokensArgs& a;
+  const int64_t b, row;        // the sample, and the place of its first token
+  const unsigned begin, size;  // what is searched; from here on tokens count from `begin`
+  SelectShared& s;
+
+  // The blocks that search together.
+  static __device__ unsigned blocks() { return kTogether ? cluster_size() : 1; }
+  static __device__ void sync() {
+    if constexpr (kTogether) cluster_sync();
+    else __syncthreads();
+  }
+  template <class T>
+  static __device__ T* there(T* shared, unsigned rank) {
+    if constexpr (kTogether) return cluster_map(shared, rank);
+    else return shared;
+  }
+
+  __device__ void set_mark(unsigned i, uint32_t mark) const {
+    if constexpr (kHeld) keys[i] = mark;
+    else marks()[i] = static_cast<uint8_t>(mark);
+  }
+  // A token's key, or the mark that stands in its place.
+  __device__ uint32_t key_of(unsigned i) const {
+    if constexpr (kHeld) return keys[i];
+    else return made_key(mark(i), values[i]);
+  }
+
+  // Calls body(key) for the keys of what is searched, each in one thread; and for marks.
+  template <class Body>
+  __device__ void for_each_key(const Body& body) const {
+    if constexpr (kHeld) {
+      const auto* fours = reinterpret_cast<const uint4*>(keys);
+      for (unsigned i = threadIdx.x; i < (size + 3) / 4; i += blockDim.x) {
+        const uint4 four = fours[i];
+        body(four.x);
+        body(four.y);
+        body(four.z);
+        body(four.w);
+      }
+    } else {
+      for (unsigned i = threadIdx.x; i < size; i += blockDim.x) body(key_of(i));
+    }
+  }
+
+  __device__ void mark_tokens() {
+    if constexpr (kHeld)  // the last four
+      if (threadIdx.x < (4 - size % 4) % 4) keys[size + threadIdx.x] = kPadding;
+    if constexpr (kPlain) return;
+    const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + row + begin;
+    for (unsigned i = threadIdx.x; i < size; i += blockDim.x)
+      set_mark(i, padding != nullptr && padding[i] ? kPadding : kCompetes);
+    __syncthreads();
+    if (a.drawn == nullptr) return;
+    for (int64_t i = threadIdx.x; i < a.drawn_width; i += blockDim.x) {
+      const int64_t token = a.drawn[b * a.drawn_width + i] - begin;
+      if (token >= 0 && token < size && (padding == nullptr || !padding[token]))
+        set_mark(static_cast<unsigned>(token), kDrawn);
+    }
+    __syncthreads();
+  }
+
+  // Makes keys of the competing tokens; returns how many the row has.
+  __device__ unsigned read_keys(const float* row_values, float row_sign) {
+    values = row_values + row + begin;
+    sign = row_sign;
+    uint32_t low = kNoKey, high = 0;
+    unsigned competing = 0;
+    const auto take = [&](unsigned i, float value) {
+      const uint32_t key = made_key(mark(i), value);
+      if constexpr (kHeld) keys[i] = key;
+      const bool competes = kPlain || (key >= kLastKey && key != kTaken);
+      low = min(low, competes ? key : kNoKey);
+      high = max(high, competes ? key : 0);
+      if constexpr (!kPlain) competing += competes;
+    };
+    constexpr unsigned kOfWarp = kReads * kWarp;
+    const float* const from = hoisted(values);
+    for (unsigned start = warp() * kOfWarp; start < size; start += blockDim.x * kReads) {
+      const unsigned first = start + lane();
+      float value[kReads];
+      if (start + kOfWarp <= size) {
+#pragma unroll
+        for (unsigned j = 0; j < kReads; ++j) value[j] = (from + first)[j * kWarp];
+#pragma unroll
+        for (unsigned j = 0; j < kReads; ++j) take(first + j * kWarp, value[j]);
+      } else {
+#pragma unroll
+        for (unsigned j = 0; j < kReads; ++j)
+          value[j] = first + j * kWarp < size ? (from + first)[j * kWarp] : 0.0f;
+#pragma unroll
+        for (unsigned j = 0; j < kReads; ++j)
+          if (first + j * kWarp < size) take(first + j * kWarp, value[j]);
+      }
+    }
+    low = __reduce_min_sync(kAllLanes, low);
+    high = __reduce_max_sync(kAllLanes, high);
+    if constexpr (!kPlain) competing = __reduce_add_sync(kAllLanes, competing);
+    if (lane() == 0) {
+      s.low_of[warp()] = low;
+      s.high_of[warp()] = high;
+      s.count_of[warp()] = competing;
+    }
+    __syncthreads();
+    if (warp() == 0) {
+      const bool is_warp = lane() < warps();
+      low = __reduce_min_sync(kAllLanes, is_warp ? s.low_of[lane()] : kNoKey);
+      high = __reduce_max_sync(kAllLanes, is_warp ? s.high_of[lane()] : 0);
+      competing = __reduce_add_sync(kAllLanes, is_warp ? s.count_of[lane()] : 0);
+      if (lane() == 0) {
+        s.low = low;
+        s.high = high;
+        s.competing = competing;
+      }
+    }
+    sync();
+    if constexpr (kPlain) return static_cast<unsigned>(a.tokens);
+    const bool is_block = lane() < blocks();
+    return __reduce_add_sync(kAllLanes, is_block ? *there(&s.competing, lane()) : 0);
+  }
+
+ private:
+  uint32_t* const keys;
+  const float* values = nullptr;  // what the keys are made of,
+  float sign = 1.0f;              // times this
+
+  __device__ uint8_t* marks() const { return a.mask + row + begin; }  // unless held
+  __device__ uint32_t mark(unsigned i) const {
+    if constexpr (kPlain) return kCompetes;
+    else if constexpr (kHeld) return keys[i];
+    else return static_cast<uint32_t>(static_cast<int8_t>(marks()[i]));
+  }
+  __device__ uint32_t made_key(uint32_t mark, float value) const {
+    const uint32_t key = ordered_key(value, sign);
+    if constexpr (kPlain) return key;
+    else return mark == kCompetes ? key : mark == kDrawn ? kFirstKey : mark;
+  }
+};
+
+}  // namespace cuda
+}  // namespace sma
