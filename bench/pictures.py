@@ -19,13 +19,24 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from bench import science
 
 MASKS = ("random", "attmask", "selfmae")
 RESULTS = science.RESULTS
-SCALES = {  # preset, fields of MAEConfig, epochs, checkpoints to probe
-    "small": (
+
+
+class Scale(NamedTuple):
+    preset: str
+    model: dict  # fields of MAEConfig
+    epochs: int
+    checkpoints: int  # to probe
+    batch_size: int | None = None  # None: the preset's
+
+
+SCALES = {
+    "small": Scale(
         "mae-32",
         {
             "hidden_size": 96,
@@ -34,10 +45,11 @@ SCALES = {  # preset, fields of MAEConfig, epochs, checkpoints to probe
             "decoder_num_hidden_layers": 1,
             "decoder_num_attention_heads": 2,
         },
-        8,
-        4,
+        epochs=24,
+        checkpoints=6,
+        batch_size=128,
     ),
-    "full": ("mae-tiny", {}, 400, 10),
+    "full": Scale("mae-tiny", {}, epochs=400, checkpoints=10),
 }
 NEIGHBOURS = 20
 STRENGTH = 0.1  # C of the linear probe's logistic regression, the same for all
@@ -139,16 +151,17 @@ def _pretrain(mask: str, seed: int, options: argparse.Namespace) -> None:
     from sma_fast.training import run
     from sma_fast.training.options import DataOptions, TrainOptions
 
-    preset, model, epochs, probes = SCALES[options.scale]
-    epochs = options.epochs or epochs
+    scale = SCALES[options.scale]
+    epochs = options.epochs or scale.epochs
     data = DataOptions(source=(str(options.zip),), split_column="split", validation_share=0.02)
     train = TrainOptions(
         out=_folder(options, mask, seed),
         kind="mae",
-        preset=preset,
+        preset=scale.preset,
         mask=mask,
-        model=model,
+        model=scale.model,
         epochs=epochs,
+        batch_size=scale.batch_size,
         seed=seed,
         keep_checkpoints=True,
         limit_train=options.pictures,
@@ -156,7 +169,7 @@ def _pretrain(mask: str, seed: int, options: argparse.Namespace) -> None:
         resume=True,
     )
     in_epoch = (options.pictures or 9800) // train.schedule(False).batch_size
-    train = dataclasses.replace(train, save_steps=max(1, epochs * in_epoch // probes))
+    train = dataclasses.replace(train, save_steps=max(1, epochs * in_epoch // scale.checkpoints))
     run.pretrain(train, data)
 
 
@@ -185,7 +198,7 @@ def _probe(mask: str, seed: int, options: argparse.Namespace) -> None:
             }
         )
     results = json.loads((folder / "results.json").read_text())
-    in_epoch = results["steps"] / (options.epochs or SCALES[options.scale][2])
+    in_epoch = results["steps"] / (options.epochs or SCALES[options.scale].epochs)
     for entry in found:
         entry["epoch"] = entry["step"] / in_epoch
     kept = {name: results[name] for name in ("steps", "seconds", "parameters")}
