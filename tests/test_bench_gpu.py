@@ -181,8 +181,13 @@ def test_microseconds_on_a_gpu_are_those_of_graph_replay() -> None:
     assert target.met({**row, "timing": "events"}) is None
 
 
+def test_no_benchmark_is_left_out() -> None:
+    there = {f"bench/{file.name}" for file in (gpu_stages.ROOT / "bench").glob("bench_*.py")}
+    assert set(gpu_stages.FILES) == there
+
+
 def test_targets_name_shapes_at_their_batch() -> None:
-    assert set(shapes.FULL_BATCH) == {*shapes.ALL, "patches"}
+    assert set(shapes.FULL_BATCH) == {*shapes.ALL, "patches", "vit-b16"}
     for target in targets.GPU_TARGETS:
         batches = {shapes.FULL_BATCH.get(target.shape), shapes.SHAPES[target.shape].batch, 8}
         assert target.device == "cuda" and target.batch_size in batches
