@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 1 with a message where the command failed. Bad options exit with 2. Messages are one
         line that begins with "sma-fast: error:".
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    named = any(a.partition("=")[0] == "--data" for a in arguments)
     parser = _Parser(prog="sma-fast", description="Self-guided masking for masked autoencoders.")
     parser.add_argument("--version", action="version", version=sma_fast.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Killed at any moment, the same command with --resume goes on, to the same weights.",
         epilog=_RESULT,
     )
-    _data_arguments(pretrain)
+    _data_arguments(pretrain, named)
     _train_arguments(pretrain)
     pretrain.add_argument(
         "--model",
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "part, and the test part is looked at once, at the end.",
         epilog=_RESULT,
     )
-    _data_arguments(finetune)
+    _data_arguments(finetune, named)
     _train_arguments(finetune)
     finetune.add_argument(
         "--from",
@@ -132,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain made, on all rows of the source; with --split-column on its test part.",
     )
     evaluate.add_argument("checkpoint", type=Path, help="a folder that sma-fast wrote")
-    _data_arguments(evaluate)
+    _data_arguments(evaluate, named)
     evaluate.add_argument("--batch-size", type=_positive, default=64, metavar="N")
 
     show = commands.add_parser(
@@ -142,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "masked, and what the model predicts there against the truth.",
     )
     show.add_argument("checkpoint", type=Path, help="a folder that sma-fast pretrain wrote")
-    _data_arguments(show)
+    _data_arguments(show, named)
     which = show.add_mutually_exclusive_group()
     which.add_argument(
         "--rows", type=_positive, default=4, metavar="N", help="drawn at random (default: 4)"
@@ -171,9 +173,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"sma-fast: error: {_line(message)}: see {self.prog} --help\n")
 
 
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
+def _data_arguments(parser: argparse.ArgumentParser, named: bool) -> None:
+    # named: the source follows --data, which may stand anywhere, instead of being positional
     data = parser.add_argument_group("data")
-    data.add_argument("source", nargs="+", help="files, a folder of pictures, or a name on the hub")
+    what = "files, a folder or zip of pictures, or a name on the hub"
+    if named:
+        data.add_argument("--data", dest="source", nargs="+", required=True, help=what)
+    else:
+        data.add_argument("source", nargs="+", help=f"{what}; or after --data")
     data.add_argument("--validation", metavar="PATH", help="source of the validation part")
     data.add_argument("--test", metavar="PATH", help="source of the test part")
     data.add_argument("--split-column", metavar="NAME", help="says which part a row belongs to")

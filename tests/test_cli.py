@@ -25,6 +25,18 @@ def refused(arguments: list[object], capsys: pytest.CaptureFixture, code: int = 
     return line
 
 
+@pytest.mark.parametrize("command", (["pretrain"], ["evaluate", "made"], ["show", "made"]))
+def test_the_source_may_follow_an_option(command, tmp_path, capsys) -> None:
+    missing, out = tmp_path / "missing.csv", ["--out", tmp_path / "out"]
+    out = out if command == ["pretrain"] else []
+    plain = refused([*command, missing, *out], capsys)
+    assert refused([*command, *out, "--data", missing], capsys) == plain
+    assert refused([*command, *out, f"--data={missing}"], capsys) == plain
+    assert "required: source" in refused([*command, *out], capsys, 2)
+    line = refused([*command, missing, *out, "--data", missing], capsys, 2)
+    assert f"unrecognized arguments: {missing}" in line
+
+
 OPTIONS = {
     "--mask-ratio 0.2": (2, "unrecognized arguments: --mask-ratio"),
     "--step 3": (2, "unrecognized arguments: --step"),
