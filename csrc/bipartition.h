@@ -19,7 +19,8 @@ constexpr int kDirectTokens = 8;  // the matrix pays after an iteration for each
 constexpr int kVectors = 4;
 constexpr int kRowsAtOnce = 4;
 constexpr float kNothing = 1e-6f;  // eigenvalues up to here count as 0
-constexpr float kSignTie = 1e-3f;  // entries within this share of the largest count as large
+constexpr float kSignTie = 1e-3f;  // entries within this share of the largest count as large,
+constexpr float kZero = 1e-4f;     // and up to this share of it as 0
 
 // x^T y in double, over n floats.
 inline double dot(const float* x, const float* y, int64_t n) {
@@ -407,7 +408,7 @@ class Cut {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t token = tokens.index == nullptr ? i : tokens.index[i];
       a.vector[from + token] = v[i] * factor + 0.0f;
-      if (!(v[i] * factor > 0)) continue;
+      if (!(v[i] * factor > kZero * most * (factor < 0 ? -factor : factor))) continue;
       a.labels[from + token] = 1;
       *ids++ = token;
     }

@@ -187,7 +187,7 @@ def bipartition_kernel(
     scale = tl.where(tl.sum(tl.where(token == at, first, 0.0)) < 0.0, -scale, scale)
     first = first * scale + 0.0
     # numbers, as Triton brings bools to another layout by way of local memory
-    chosen = tl.where(first > 0.0, 1, 0)
+    chosen = tl.where(first > 1e-4 * tl.max(tl.abs(first)), 1, 0)
     sample_ids = ids + sample * tokens
     tl.store(vector + sample * tokens + token, first, mask=inside)
     tl.store(labels + sample * tokens + token, chosen.to(tl.uint8), mask=inside)

@@ -39,7 +39,9 @@ _GPU_CHECKS = {
     ),
     "self_guided_masking": lambda q, k, tokens, index, heads, *_: _check_queries(index, heads, q),
     "random_masking": lambda *_: None,
-    "bipartition": lambda embeddings, *_: reference.check_finite("embeddings", embeddings),
+    "bipartition": lambda embeddings, padding, *_: reference.check_finite(
+        "embeddings", reference.without_padding(embeddings, padding)
+    ),
 }
 _forced: str | None = None
 

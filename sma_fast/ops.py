@@ -4,6 +4,7 @@ Letters in the shapes: B batch, N tokens, V visible, K masked, H heads, M querie
 R selected queries, D head width, C token width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from sma_fast import (
     _check,
     _dispatch,  # noqa: F401  (registers the implementations)
     _draws,
+    reference,
 )
 
 _ops = torch.ops.sma_fast
@@ -62,7 +64,8 @@ class Bipartition(NamedTuple):
 
     Attributes:
         vector: (B, N) float32 of length 1, the eigenvector; 0 for padding.
-        labels: (B, N) bool, ``vector > 0``.
+        labels: (B, N) bool, where the vector is above a ten-thousandth of its largest entry: what
+            is 0 but for rounding is False.
         ids: (B, N) int64, the patches whose label is True, ascending, -1 behind.
         eigenvalue: (B,) float32.
         converged: (B,) bool, whether the vector is as near to the exact one as `tol` asks, which
@@ -600,11 +603,16 @@ def bipartition(
 
     The sign: the entry of largest size is positive, the first one where several are as large but
     for a thousandth. A patch is labelled True where the vector is above 0, which is its mean
-    weighted by the degrees. A zero embedding has cosine 0 with every other and itself. Where there
+    weighted by the degrees (above a ten-thousandth of that entry, as rounding decides what is 0).
+    A zero embedding has cosine 0 with every other and itself. Where there
     is nothing to cut (one patch, equal embeddings) vector, labels and `converged` are 0.
 
     Args:
-        embeddings: (B, N, C), N at least 1, float32, bfloat16, float16 or float64; finite.
+        embeddings: (B, N, C), N at least 1, float32, bfloat16, float16 or float64; finite where
+            there is no padding. The reference, which float64 goes to, solves the whole problem: it
+            needs no `iterations`, and `converged` says that the next eigenvalue is another one. N
+            is at most 4096 on backend triton, and on cuda what shared memory holds (more than
+            3000). On a GPU a sample that is not finite is not cut; SMA_FAST_CHECK=1 raises.
         key_padding_mask: (B, N) bool, True = padding.
         method: "ncut" or "pca".
         iterations: products with the matrix, at most; at least 1.
@@ -649,6 +657,7 @@ def informed_scores(
 ) -> Tensor:
     """Returns each patch's cosine similarity to the mean of one of the two clusters.
 
+    Made of PyTorch's own operations on every device: `use_backend` and `backends` do not name it.
     `select_tokens` then masks the patches most like it; a random share of it leaves some as
     hints. Equivalent PyTorch, without padding::
 
@@ -657,7 +666,7 @@ def informed_scores(
         scores = torch.nn.functional.cosine_similarity(x, mean, dim=2)
 
     Args:
-        embeddings: (B, N, C), as `bipartition` got them.
+        embeddings: (B, N, C), as `bipartition` got them; finite where there is no padding.
         bipartition: what it returned.
         cluster: whose mean. "object": the cluster that holds the entry of largest size of the
             eigenvector, which is the one labelled True: what differs most from the rest is cut off
@@ -675,7 +684,15 @@ def informed_scores(
     entry is TokenCut's rule (arXiv 2202.11539).
     """
     _check.tensor("embeddings", embeddings, 3, "(B, N, C)", _check.FLOATS)
-    batch, tokens = embeddings.shape[:2]
+    batch, tokens, width = embeddings.shape
+    if width == 0:
+        raise ValueError(
+            f"embeddings: got shape {tuple(embeddings.shape)}, allowed is C of at least 1"
+        )
+    if not isinstance(bipartition, Bipartition):
+        raise TypeError(
+            f"bipartition: got {type(bipartition).__name__}, allowed is what bipartition returns"
+        )
     labels = bipartition.labels
     _check.tensor("bipartition.labels", labels, 2, "(B, N)", (torch.bool,))
     if labels.shape[0] != batch or labels.shape[1] != tokens:
@@ -695,11 +712,17 @@ def informed_scores(
             more = others.sum(1) > member.sum(1)
             swap = {"smaller": fewer, "larger": more}.get(cluster, torch.ones_like(fewer))
             member = torch.where(swap[:, None], others, member)
-        x = embeddings.detach().float()
-        length = x.norm(dim=2)  # (B, N)
+        x = reference.without_padding(embeddings.detach(), key_padding_mask)
+        x = x if x.dtype == torch.float64 else x.float()
+        largest = torch.linalg.vector_norm(x, math.inf, dim=2, keepdim=True)  # (B, N, 1)
+        if not torch.compiler.is_compiling():
+            reference.check_finite("embeddings", largest)
+        # squares of large and small numbers leave float's range, those of their shares do not
+        x = x / torch.where(largest > 0, largest, 1.0)
+        length = torch.linalg.vector_norm(x, dim=2)  # (B, N)
         scale = torch.where(length > 0, 1 / length, 0.0)
         # one product reads the embeddings for the mean, another for the similarities
         mean = torch.bmm((member * scale)[:, None, :], x)  # (B, 1, C)
         mean = torch.nn.functional.normalize(mean, dim=2)
         scores = torch.bmm(x, mean.transpose(1, 2))[:, :, 0] * scale
-        return scores.masked_fill(~valid, 0.0)
+        return scores.masked_fill(~valid, 0.0).float()

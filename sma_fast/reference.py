@@ -235,6 +235,7 @@ def bipartition(
     iterations: int,
     tol: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    embeddings = without_padding(embeddings, key_padding_mask)
     check_finite("embeddings", embeddings)
     batch, tokens, _ = embeddings.shape
     x = embeddings.double()
@@ -266,7 +267,7 @@ def bipartition(
     large = vector.abs() >= (1 - 1e-3) * vector.abs().amax(1, keepdim=True)
     first = vector.gather(1, large.to(torch.uint8).argmax(1, keepdim=True))  # the first large one
     vector = torch.where(first < 0, -vector, vector)
-    labels = vector > 0
+    labels = vector > 1e-4 * vector.abs().amax(1, keepdim=True)  # 0 but for rounding is not above
     eigenvalue = torch.where(found, value, 0.0)
     if method == "ncut":
         eigenvalue = 1 - eigenvalue
@@ -305,6 +306,13 @@ def check_index(name: str, index: Tensor, low: int, high: int | None) -> None:
     for value in (int(index.min()), int(index.max())):
         if value < low or (high is not None and value >= high):
             raise_index_error(name, value, low, high)
+
+
+def without_padding(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """Returns (B, N, C) with zeros where there is padding, which may hold anything."""
+    if key_padding_mask is None:
+        return rows
+    return rows.masked_fill(key_padding_mask[:, :, None], 0)
 
 
 def check_finite(name: str, x: Tensor) -> None:

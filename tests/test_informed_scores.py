@@ -70,6 +70,36 @@ def test_types(dtype):
     torch.testing.assert_close(scores, sma_fast.informed_scores(x.float(), cut))
 
 
+@pytest.mark.parametrize(
+    "factor, dtype",
+    [(1e30, torch.float32), (1e-30, torch.float32), (1e-23, torch.float32), (1e200, torch.float64)],
+)
+def test_long_and_short_rows(factor, dtype):
+    x = cut_inputs()["embeddings"].to(dtype)
+    cut = sma_fast.bipartition(x)
+    torch.testing.assert_close(
+        sma_fast.informed_scores(x * factor, cut), sma_fast.informed_scores(x, cut)
+    )
+
+
+def test_padding_may_hold_anything():
+    inputs = cut_inputs(padding="scattered")
+    x, padding = inputs["embeddings"], inputs["key_padding_mask"]
+    cut = sma_fast.bipartition(x, key_padding_mask=padding)
+    plain = sma_fast.informed_scores(x, cut, key_padding_mask=padding)
+    x[padding] = torch.nan
+    assert torch.equal(sma_fast.informed_scores(x, cut, key_padding_mask=padding), plain)
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+def test_not_finite(value):
+    x = cut_inputs()["embeddings"]
+    cut = sma_fast.bipartition(x)
+    x[1, 3, 5] = value
+    with pytest.raises(ValueError, match="^embeddings: holds NaN or infinity, allowed are finite"):
+        sma_fast.informed_scores(x, cut)
+
+
 def test_no_gradient():
     x = cut_inputs()["embeddings"].requires_grad_()
     assert not sma_fast.informed_scores(x, sma_fast.bipartition(x)).requires_grad
@@ -78,12 +108,18 @@ def test_no_gradient():
 EMBEDDINGS = torch.randn(2, 5, 3)
 LABELS = torch.zeros(2, 5, dtype=torch.bool)
 BAD = {
+    "no features": ("embeddings", ValueError, {"embeddings": EMBEDDINGS[..., :0]}),
     "rank": ("embeddings", ValueError, {"embeddings": EMBEDDINGS[0]}),
     "labels, shape": ("bipartition.labels", ValueError, {"labels": LABELS[:, 1:]}),
     "labels, ints": ("bipartition.labels", TypeError, {"labels": LABELS.int()}),
     "cluster": ("cluster", ValueError, {"cluster": "foreground"}),
     "padding": ("key_padding_mask", ValueError, {"key_padding_mask": LABELS[:1]}),
 }
+
+
+def test_not_a_bipartition():
+    with pytest.raises(TypeError, match="^bipartition: got NoneType, allowed is"):
+        sma_fast.informed_scores(EMBEDDINGS, None)
 
 
 @pytest.mark.parametrize("name", BAD)
