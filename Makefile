@@ -1,12 +1,14 @@
 # make demo, make test and make bench each create .venv, install with constraints.txt, and run.
 # PYTHON picks the interpreter the environment is made from; DEMO_OUT the folder of the demo, DATA,
-# SCIENCE_OUT and SCALE (small or full) those of make science.
+# SCIENCE_OUT and SCALE (small or full) those of make science, DATA, PICTURES_OUT and SCALE those of
+# make pictures.
 comma := ,
 PYTHON ?= python3
 GPU ?=
 DEMO_OUT ?= demo-out
 DATA ?= ../shared/data
 SCIENCE_OUT ?= science-out
+PICTURES_OUT ?= pictures-out
 SCALE ?= small
 BIN := .venv/bin
 RESULT := .benchmarks/bench.json
@@ -16,7 +18,7 @@ GOLDEN := $(if $(wildcard ../shared/golden/*.npz),$(comma)golden)
 NVCC := $(if $(CUDA_HOME)$(shell command -v nvcc),$(comma)nvcc)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h' -o -name '*.c*')
 
-.PHONY: demo test bench science kernels-report lint gpu clean
+.PHONY: demo test bench science pictures kernels-report lint gpu clean
 
 demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
@@ -36,6 +38,11 @@ bench: .venv/installed
 # real data of three sciences, in DATA (see ../shared/README.md); runs that are done are not repeated
 science: .venv/installed
 	$(BIN)/python -m bench.science --data $(DATA) --out $(SCIENCE_OUT) --scale $(SCALE) --save
+
+# masks of pictures compared, on those in DATA; runs that are done are not repeated either
+pictures: .venv/installed
+	$(BIN)/python -m bench.pictures --data $(DATA) --out $(PICTURES_OUT)/$(SCALE) --scale $(SCALE) \
+	    --save
 
 # registers, shared memory and spills of Triton's kernels and, where there is nvcc, CUDA's; needs no
 # GPU
@@ -64,5 +71,5 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv build dist $(DEMO_OUT) $(SCIENCE_OUT) .benchmarks .pytest_cache .hypothesis .ruff_cache \
-	    sma_fast.egg-info sma_fast/_C*.so sma_fast/_build.json
+	rm -rf .venv build dist $(DEMO_OUT) $(SCIENCE_OUT) $(PICTURES_OUT) .benchmarks .pytest_cache \
+	    .hypothesis .ruff_cache sma_fast.egg-info sma_fast/_C*.so sma_fast/_build.json

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import pathlib
-import platform
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 import sma_fast
 from bench import harness, roofline
 from bench.cubins import find_nvcc
+from bench.runs import processor
 
 ROOT = pathlib.Path(__file__).parents[1]
 # what a measurement depends on; everything else may change beside it
@@ -55,13 +55,6 @@ def config() -> dict[str, str]:
         sma_fast.show_config()
     found = dict(line.split(": ", 1) for line in printed.getvalue().splitlines())
     return {name: value for name, value in found.items() if "/" not in value}
-
-
-def processor() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(": ", 1)[1].strip()
-    return platform.machine()
 
 
 def described(device: str) -> dict[str, Any]:

@@ -7,32 +7,33 @@ patch embeddings. Figures: curves over epochs; pictures with similarity, cut, sc
 hints and reconstruction.
 
 Runs that are done are kept in the folder and not repeated. `--scale full` is ViT-tiny of 224 px for
-a GPU. The summary goes to bench/results with `--save`.
+a GPU; each run resizes its pictures on a core of its own, so `--jobs 4` there, if there are cores.
+The summary goes to bench/results with `--save`.
 """
 
 import argparse
 import dataclasses
-import datetime
+import functools
 import json
-import platform
-import statistics
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bench import science
+from bench import runs
 
 MASKS = ("random", "attmask", "selfmae")
-RESULTS = science.RESULTS
+PIXELS = 32  # height and width of the pictures
+VALIDATION = 0.02  # of the 10,000 train pictures
+TRAINED = 9800  # the others
 
 
 class Scale(NamedTuple):
     preset: str
-    model: dict  # fields of MAEConfig
+    model: dict[str, Any]  # fields of MAEConfig that differ
     epochs: int
     checkpoints: int  # to probe
-    batch_size: int | None = None  # None: the preset's
+    batch_size: int
 
 
 SCALES = {
@@ -49,10 +50,8 @@ SCALES = {
         checkpoints=6,
         batch_size=128,
     ),
-    "full": Scale("mae-tiny", {}, epochs=400, checkpoints=10),
+    "full": Scale("mae-tiny", {}, epochs=400, checkpoints=10, batch_size=512),
 }
-NEIGHBOURS = 20
-STRENGTH = 0.1  # C of the linear probe's logistic regression, the same for all
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="of every run, to try the command out")
     parser.add_argument("--pictures", type=int, help="use this many of the train pictures")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: cores, or 1 on a GPU)")
+    parser.add_argument(
+        "--reprobe", action="store_true", help="read the classes again from runs that are done"
+    )
     parser.add_argument("--save", action="store_true", help="summary into bench/results")
     options = parser.parse_args(arguments)
     if options.save and (options.epochs or options.pictures):
@@ -82,33 +84,50 @@ def main(arguments: list[str] | None = None) -> int:
     options.zip = options.data / "vision" / "cifar10_jpeg_12k.zip"
     if not options.zip.is_file():
         parser.error(f"--data: {options.zip} is not there: name the folder with vision/")
-    options.jobs = options.jobs or science._jobs()
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not (options.out / "commit").exists():
-        (options.out / "commit").write_text(science._commit())
+    # with the options: a process that runs one does not look at SCALES
+    options.chosen = _chosen(options)
+    options.jobs = options.jobs or runs.at_a_time()
+    runs.begin(options.out)
+    if instead := _other_options(options):
+        parser.error(f"--out: {options.out} holds runs of {instead}: name another folder")
     began = time.perf_counter()
     jobs = [(mask, seed) for seed in range(options.seeds) for mask in options.masks]
-    todo = [job for job in jobs if not _probes(options, *job).exists()]
-    _run_all(todo, options)
+    started_anew = not any(_folder(options, *job).exists() for job in jobs)
+    todo = [job for job in jobs if options.reprobe or not _probes(options, *job).exists()]
+    for job in todo:
+        _probes(options, *job).unlink(missing_ok=True)
+    runs.in_processes(functools.partial(_run, options=options), todo, options.jobs)
     missing = [job for job in jobs if not _probes(options, *job).exists()]
     if missing:
         print(f"failed: {missing}", file=sys.stderr)
         return 1
     summary = summarise(options)
-    if len(todo) == len(jobs):
+    if started_anew:
         summary["seconds"] = time.perf_counter() - began
     print(table(summary))
-    from bench import pictures_plots
-
-    pictures_plots.curves(options.out / "curves.png", summary)
-    if "selfmae" in options.masks:
-        model, pixels = _shown(options)
-        pictures_plots.masks(options.out / "masks.png", model, pixels)
+    _draw(options, summary)
     if options.save:
-        path = RESULTS / f"pictures-{summary['date']}-{options.scale}.json"
-        path.write_text(json.dumps(summary, indent=1) + "\n")
-        print(f"saved: {path}")
+        runs.save("pictures", summary)
     return 0
+
+
+def _chosen(options: argparse.Namespace) -> Scale:
+    scale = SCALES[options.scale]
+    return scale._replace(
+        epochs=options.epochs or scale.epochs,
+        batch_size=min(scale.batch_size, options.pictures or TRAINED),
+    )
+
+
+def _other_options(options: argparse.Namespace) -> dict | None:
+    # what the runs in the folder were asked for, where that is not what is asked for now
+    asked = {name: getattr(options, name) for name in ("scale", "epochs", "pictures")}
+    file = options.out / "options.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        return None if before == asked else before
+    file.write_text(json.dumps(asked) + "\n")
+    return None
 
 
 def _folder(options: argparse.Namespace, mask: str, seed: int) -> Path:
@@ -119,193 +138,74 @@ def _probes(options: argparse.Namespace, mask: str, seed: int) -> Path:
     return _folder(options, mask, seed) / "probes.json"
 
 
-def _run_all(jobs: list[tuple], options: argparse.Namespace) -> None:
-    import multiprocessing
+def _run(job: tuple[str, int], options: argparse.Namespace) -> None:
+    from bench import pictures_probe
+    from sma_fast.training import checkpoints
 
-    if not jobs:
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.jobs, initializer=science._one_thread, maxtasksperchild=1) as pool:
-        work = [(job, options) for job in jobs]
-        for done, (job, error) in enumerate(pool.imap_unordered(_run, work)):
-            text = f"failed: {error}" if error else ""
-            print(f"{done + 1}/{len(jobs)} {job[0]} {job[1]} {text}", file=sys.stderr)
-
-
-def _run(work: tuple) -> tuple[tuple, str]:
-    import traceback
-
-    (mask, seed), options = work
-    try:
-        from threadpoolctl import threadpool_limits
-
-        with threadpool_limits(1):
-            _pretrain(mask, seed, options)
-            _probe(mask, seed, options)
-    except Exception:  # said, and the exit code is 1; the other runs are not lost with this one
-        return (mask, seed), traceback.format_exc()
-    return (mask, seed), ""
+    mask, seed = job
+    folder = _folder(options, mask, seed)
+    if not checkpoints.is_whole(folder):
+        _pretrain(mask, seed, options)
+    results = json.loads((folder / "results.json").read_text())
+    in_epoch = results["steps"] / options.chosen.epochs
+    kept = {name: results[name] for name in ("steps", "seconds", "parameters")}
+    kept["loss"] = results["validation"][-1]["loss"]
+    pictures = pictures_probe.Pictures(options.zip, folder, options.pictures)
+    found = pictures_probe.probes(folder, seed, pictures)
+    kept["probes"] = [{"epoch": entry["step"] / in_epoch, **entry} for entry in found]
+    checkpoints.write_whole(_probes(options, mask, seed), json.dumps(kept) + "\n")
 
 
 def _pretrain(mask: str, seed: int, options: argparse.Namespace) -> None:
     from sma_fast.training import run
     from sma_fast.training.options import DataOptions, TrainOptions
 
-    scale = SCALES[options.scale]
-    epochs = options.epochs or scale.epochs
-    data = DataOptions(source=(str(options.zip),), split_column="split", validation_share=0.02)
+    scale = options.chosen
+    in_epoch = (options.pictures or TRAINED) // scale.batch_size
     train = TrainOptions(
         out=_folder(options, mask, seed),
         kind="mae",
         preset=scale.preset,
         mask=mask,
         model=scale.model,
-        epochs=epochs,
+        epochs=scale.epochs,
         batch_size=scale.batch_size,
         seed=seed,
+        save_steps=max(1, scale.epochs * in_epoch // scale.checkpoints),
         keep_checkpoints=True,
         limit_train=options.pictures,
         progress_bar=False,
         resume=True,
     )
-    in_epoch = (options.pictures or 9800) // train.schedule(False).batch_size
-    train = dataclasses.replace(train, save_steps=max(1, epochs * in_epoch // scale.checkpoints))
-    run.pretrain(train, data)
-
-
-def _probe(mask: str, seed: int, options: argparse.Namespace) -> None:
-    import numpy as np
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    folder = _folder(options, mask, seed)
-    pixels, labels, is_test = _pictures(options, folder)
-    train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
-    found = []
-    for step, model in _models(folder):
-        features = _features(model, pixels)
-        neighbours = KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights="distance")
-        neighbours.fit(features[train], labels[train])
-        linear = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=300))
-        linear.fit(features[train], labels[train])
-        found.append(
-            {
-                "step": step,
-                "knn": float(neighbours.score(features[test], labels[test])),
-                "linear": float(linear.score(features[test], labels[test])),
-            }
-        )
-    results = json.loads((folder / "results.json").read_text())
-    in_epoch = results["steps"] / (options.epochs or SCALES[options.scale].epochs)
-    for entry in found:
-        entry["epoch"] = entry["step"] / in_epoch
-    kept = {name: results[name] for name in ("steps", "seconds", "parameters")}
-    kept["loss"] = results["validation"][-1]["loss"] if results["validation"] else None
-    _probes(options, mask, seed).write_text(json.dumps({**kept, "probes": found}) + "\n")
-
-
-def _pictures(options: argparse.Namespace, folder: Path):
-    # standardised pixels (B, 3, H, W), labels and which are test pictures
-    import numpy as np
-    import torch
-
-    from sma_fast.training.data import Examples, load
-    from sma_fast.training.inputs import Encodings
-
-    rows = load(str(options.zip))
-    inputs = Encodings.read(folder).inputs
-    samples = Examples(rows, inputs)
-    height, width = inputs.size
-    pixels = torch.from_numpy(
-        np.stack([s["inputs"] for s in samples.__getitems__(range(len(samples)))])
+    data = DataOptions(
+        source=(str(options.zip),), split_column="split", validation_share=VALIDATION
     )
-    pixels = pixels.reshape(-1, height, width, 3).permute(0, 3, 1, 2).contiguous()
-    labels = np.asarray(rows["label"])
-    is_test = np.asarray(rows["split"]) == "test"
-    if options.pictures:  # evenly among those of each part
-        parts = [np.flatnonzero(is_test), np.flatnonzero(~is_test)]
-        keep = np.concatenate([part[:: -(-len(part) // options.pictures)] for part in parts])
-        pixels, labels, is_test = pixels[torch.from_numpy(keep)], labels[keep], is_test[keep]
-    return pixels, labels, is_test
-
-
-def _models(folder: Path):
-    import torch
-
-    from sma_fast.models.vit import MAEForPretraining
-
-    last = MAEForPretraining.from_pretrained(str(folder))
-    torch.manual_seed(0)
-    yield 0, MAEForPretraining(last.config).eval()
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
-        yield int(path.name.split("-")[1]), _checkpoint(path, last)
-
-
-def _checkpoint(path: Path, like):
-    # without a policy's own weights
-    import safetensors.torch
-
-    weights = safetensors.torch.load_file(path / "model.safetensors")
-    model = type(like)(like.config)
-    own = model.state_dict()
-    model.load_state_dict({name: x for name, x in weights.items() if name in own})
-    return model.eval()
-
-
-def _features(model, pixels):
-    import torch
-
-    with torch.no_grad():
-        parts = [model.embeddings(batch).mean(dim=1) for batch in pixels.split(500)]
-    return torch.cat(parts).numpy()
-
-
-def _shown(options: argparse.Namespace):
-    from sma_fast.models.vit import MAEForPretraining
-
-    folder = _folder(options, "selfmae", 0)
-    pixels, labels, is_test = _pictures(options, folder)
-    test = is_test.nonzero()[0]
-    return MAEForPretraining.from_pretrained(str(folder)).eval(), pixels[
-        test[:: len(test) // 8][:8]
-    ]
+    if train.config().image_size != PIXELS:
+        data = dataclasses.replace(data, resize="bilinear")
+    run.pretrain(train, data)
 
 
 def summarise(options: argparse.Namespace) -> dict:
     """Returns means and standard deviations over the seeds of all runs in the folder."""
-    import torch
-
-    def of(values: list[float]) -> dict:
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        return {"mean": statistics.mean(values), "std": spread, "seeds": values}
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else science._processor()
-    summary = {
-        "date": datetime.date.today().isoformat(),
-        "commit": (options.out / "commit").read_text(),
-        "machine": f"{device}, {options.jobs} runs at a time",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "scale": options.scale,
-        "masks": {},
-    }
+    of = runs.over_seeds
+    summary = runs.described(options.out, options.scale, options.jobs)
+    summary["masks"] = {}
     for mask in options.masks:
-        runs = [
+        found = [
             json.loads(_probes(options, mask, seed).read_text()) for seed in range(options.seeds)
         ]
         summary["masks"][mask] = {
-            "steps": runs[0]["steps"],
-            "parameters": runs[0]["parameters"],
-            "seconds": of([r["seconds"] for r in runs]),
-            "loss": of([r["loss"] for r in runs]),
+            "steps": found[0]["steps"],
+            "parameters": found[0]["parameters"],
+            "seconds": of([r["seconds"] for r in found]),
+            "loss": of([r["loss"] for r in found]),
             "probes": [
                 {
                     "epoch": entries[0]["epoch"],
                     "knn": of([e["knn"] for e in entries]),
                     "linear": of([e["linear"] for e in entries]),
                 }
-                for entries in zip(*(r["probes"] for r in runs), strict=True)
+                for entries in zip(*(r["probes"] for r in found), strict=True)
             ],
         }
     return summary
@@ -313,15 +213,12 @@ def summarise(options: argparse.Namespace) -> dict:
 
 def table(summary: dict) -> str:
     """Returns the summary as a Markdown table, a row for each mask and one for no training."""
-
-    def cell(entry: dict, digits: int = 3) -> str:
-        spread = "" if entry["std"] is None else f" ± {entry['std']:.{digits}f}"
-        return f"{entry['mean']:.{digits}f}{spread}"
-
+    cell = runs.cell
     lines = [
         "| masks | epochs | linear probe | k-NN | loss under random masks | seconds |",
         "|---|---|---|---|---|---|",
     ]
+    # of any mask: before training the runs of a seed are one model
     first = next(iter(summary["masks"].values()))["probes"][0]
     lines.append(f"| (no training) | 0 | {cell(first['linear'])} | {cell(first['knn'])} | | |")
     for mask, entry in summary["masks"].items():
@@ -331,6 +228,21 @@ def table(summary: dict) -> str:
             f"{cell(entry['loss'])} | {cell(entry['seconds'], 0)} |"
         )
     return "\n".join(lines)
+
+
+def _draw(options: argparse.Namespace, summary: dict) -> None:
+    from bench import pictures_plots, pictures_probe
+    from sma_fast.models import MAEForPretraining
+    from sma_fast.training.pretrained import load_model
+
+    pictures_plots.curves(options.out / "curves.png", summary)
+    if "selfmae" in options.masks:
+        folder = _folder(options, "selfmae", 0)
+        pictures = pictures_probe.Pictures(options.zip, folder, options.pictures)
+        test = pictures.is_test.nonzero()[0]
+        pixels = pictures.pixels(test[:: max(1, len(test) // 8)][:8])
+        model = load_model(folder, MAEForPretraining).eval()
+        pictures_plots.masks(options.out / "masks.png", model, pixels)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import sma_fast
+from sma_fast.masking.random import count_masked
 from sma_fast.masking.selfmae import SelfMAEMasking
 
 COLOURS = {"random": "#2d6cb4", "attmask": "#4f9d57", "selfmae": "#c8502d"}
@@ -44,7 +45,7 @@ def masks(path: Path, model: torch.nn.Module, pixels: Tensor) -> None:
         model: MAEForPretraining.
         pixels: (B, 3, H, W), standardised.
     """
-    policy = SelfMAEMasking(start=0.0)
+    policy, half_way = SelfMAEMasking(), 0.5
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         x = model.embeddings(pixels)
@@ -53,13 +54,9 @@ def masks(path: Path, model: torch.nn.Module, pixels: Tensor) -> None:
         unit = torch.nn.functional.normalize(x, dim=2)
         most = cut.vector.abs().argmax(1)  # the patch that differs most
         similarity = (unit @ unit[torch.arange(len(x)), most][:, :, None])[:, :, 0]
-        number = model.config.num_patches - int(
-            model.config.num_patches * (1 - model.config.mask_ratio)
-        )
+        number = count_masked(model.config.num_patches, model.config.mask_ratio)
         informed = sma_fast.select_tokens(scores, num_masked=number).mask
-        hinted = sma_fast.select_tokens(
-            scores, num_masked=number, random_fraction=policy.hints(0.5), generator=generator
-        )
+        hinted = policy(model, pixels, half_way, generator)
         made = model.pictures(pixels, model(pixels, hinted))
     side = round(model.config.num_patches**0.5)
     patch = model.config.patch_size
@@ -80,7 +77,11 @@ def masks(path: Path, model: torch.nn.Module, pixels: Tensor) -> None:
         ("cut: the object", grid(cut.labels), "gray"),
         ("score", grid(scores), "viridis"),
         ("informed mask", hidden * ~grid(informed).astype(bool)[..., None], None),
-        ("with hints, half way", hidden * ~grid(hinted.mask).astype(bool)[..., None], None),
+        (
+            f"with hints, half way,\n{policy.hints(half_way):.0%} at random",
+            hidden * ~grid(hinted.mask).astype(bool)[..., None],
+            None,
+        ),
         ("reconstruction", shown(made), None),
     ]
     figure = Figure(figsize=(1.15 * len(pixels) + 2, 1.15 * len(rows)), layout="constrained")

@@ -11,20 +11,16 @@ The summary goes to bench/results with `--save`.
 
 import argparse
 import dataclasses
-import datetime
+import functools
 import json
-import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
+from bench import runs
+
 STARTS = ("guided", "random", "none")
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--data: {options.data} is not there: name the folder with higgs/, chem/, ..."
         )
-    options.jobs = options.jobs or _jobs()
+    options.jobs = options.jobs or runs.at_a_time()
     only = set(options.only or (*SCIENCES, *TASKS))
     tasks = [t for t in TASKS if t in only or TASKS[t].science in only]
     sciences = sorted({TASKS[t].science for t in tasks})
@@ -164,12 +160,11 @@ def main(arguments: list[str] | None = None) -> int:
     then = [("finetune", task, s, seed) for seed in seeds for task in tasks for s in STARTS]
     then += [("baseline", task, "", seed) for seed in seeds for task in tasks]
     began = time.perf_counter()
-    _folder(options).mkdir(parents=True, exist_ok=True)
-    if not (_folder(options) / "commit").exists():  # of the first run, which others are added to
-        (_folder(options) / "commit").write_text(_commit())
+    runs.begin(_folder(options))
     options.started_anew = not any(_file(options, job).exists() for job in first + then)
     for jobs in (first, then):
-        _run_all([job for job in jobs if not _file(options, job).exists()], options)
+        todo = [job for job in jobs if not _file(options, job).exists()]
+        runs.in_processes(functools.partial(_run, options=options), todo, options.jobs)
     missing = [job for job in first + then if not _file(options, job).exists()]
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     if missing:
@@ -180,9 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         summary["seconds"] = time.perf_counter() - began
     print(table(summary))
     if options.save:
-        path = RESULTS / f"science-{summary['date']}-{options.scale}.json"
-        path.write_text(json.dumps(summary, indent=1) + "\n")
-        print(f"saved: {path}")
+        runs.save("science", summary)
     return 0
 
 
@@ -195,53 +188,19 @@ def _folder(options: argparse.Namespace) -> Path:
     return options.out / (f"{options.steps}-steps" if options.steps else options.scale)
 
 
-def _run_all(jobs: list[tuple], options: argparse.Namespace) -> None:
-    if not jobs:
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.jobs, initializer=_one_thread, maxtasksperchild=8) as pool:
-        for done, (job, error) in enumerate(
-            pool.imap_unordered(_run, [(j, options) for j in jobs])
-        ):
-            text = f"failed: {error}" if error else ""
-            print(f"{done + 1}/{len(jobs)} {' '.join(map(str, job))} {text}", file=sys.stderr)
-
-
-def _jobs() -> int:
-    import torch
-
-    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
-
-
-def _one_thread() -> None:
-    # small models: a second thread costs more than it saves, another run does not
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-
-
-def _run(work: tuple) -> tuple[tuple, str]:
-    job, options = work
+def _run(job: tuple, options: argparse.Namespace) -> None:
     kind, name, start, seed = job
     folder = _file(options, job).parent
-    try:
-        from threadpoolctl import threadpool_limits
+    if kind == "baseline":
+        from bench.science_baselines import baseline
 
-        with threadpool_limits(1):
-            if kind == "baseline":
-                from bench.science_baselines import baseline
-
-                folder.mkdir(parents=True, exist_ok=True)
-                result = baseline(TASKS[name], _data(TASKS[name].data, options), seed)
-                _file(options, job).write_text(json.dumps(result) + "\n")
-            elif kind == "pretrain":
-                _pretrain(SCIENCES[name], start, seed, folder, options)
-            else:
-                _finetune(TASKS[name], start, seed, folder, options)
-    except Exception:  # said, and the exit code is 1; the other runs are not lost with this one
-        return job, traceback.format_exc()
-    return job, ""
+        folder.mkdir(parents=True, exist_ok=True)
+        result = baseline(TASKS[name], _data(TASKS[name].data, options), seed)
+        _file(options, job).write_text(json.dumps(result) + "\n")
+    elif kind == "pretrain":
+        _pretrain(SCIENCES[name], start, seed, folder, options)
+    else:
+        _finetune(TASKS[name], start, seed, folder, options)
 
 
 def _data(chosen: dict, options: argparse.Namespace):
@@ -299,54 +258,35 @@ def _finetune(task: Task, start: str, seed: int, folder: Path, options) -> None:
 
 def summarise(options: argparse.Namespace, tasks: list[str], sciences: list[str]) -> dict:
     """Returns means and standard deviations over the seeds of all runs in the folder."""
-    import torch
-
-    import sma_fast
 
     def read(*job) -> dict:
         return json.loads(_file(options, job).read_text())
 
-    def of(values: list[float]) -> dict:
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        return {"mean": statistics.mean(values), "std": spread, "seeds": values}
-
-    seeds = range(options.seeds)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    summary = {
-        "date": datetime.date.today().isoformat(),
-        "commit": (_folder(options) / "commit").read_text(),
-        "machine": f"{device}, {options.jobs} runs at a time",
-        "versions": {
-            "sma_fast": sma_fast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "scale": options.scale,
-        "pretraining": {},
-        "tasks": {},
-    }
+    of, seeds = runs.over_seeds, range(options.seeds)
+    summary = runs.described(_folder(options), options.scale, options.jobs)
+    summary |= {"pretraining": {}, "tasks": {}}
     for science in sciences:
         for mask in STARTS[:2]:
-            runs = [read("pretrain", science, mask, seed) for seed in seeds]
+            found = [read("pretrain", science, mask, seed) for seed in seeds]
             summary["pretraining"][f"{science}, {mask}"] = {
-                "steps": runs[0]["steps"],
-                "parameters": runs[0]["parameters"],
-                "seconds": of([r["seconds"] for r in runs]),
-                "tokens_per_second": of([r["tokens_per_second"] for r in runs]),
-                "validation_loss": of([r["validation"][-1]["loss"] for r in runs]),
-                "own_loss": of([_own_loss(r) for r in runs]),
+                "steps": found[0]["steps"],
+                "parameters": found[0]["parameters"],
+                "seconds": of([r["seconds"] for r in found]),
+                "tokens_per_second": of([r["tokens_per_second"] for r in found]),
+                "validation_loss": of([r["validation"][-1]["loss"] for r in found]),
+                "own_loss": of([_own_loss(r) for r in found]),
             }
     for name in tasks:
         task = summary["tasks"][name] = {"steps": None}
         for start in STARTS:
-            runs = [read("finetune", name, start, seed) for seed in seeds]
-            task["steps"] = runs[0]["steps"]
-            task[start] = {m: of([r["test"][m] for r in runs]) for m in TASKS[name].measures}
-            task[start]["seconds"] = of([r["seconds"] for r in runs])
-        runs = [read("baseline", name, seed) for seed in seeds]
+            found = [read("finetune", name, start, seed) for seed in seeds]
+            task["steps"] = found[0]["steps"]
+            task[start] = {m: of([r["test"][m] for r in found]) for m in TASKS[name].measures}
+            task[start]["seconds"] = of([r["seconds"] for r in found])
+        found = [read("baseline", name, seed) for seed in seeds]
         task["baselines"] = {
-            model: {m: of([r[model][m] for r in runs]) for m in TASKS[name].measures}
-            for model in runs[0]
+            model: {m: of([r[model][m] for r in found]) for m in TASKS[name].measures}
+            for model in found[0]
         }
     return summary
 
@@ -359,11 +299,7 @@ def _own_loss(results: dict) -> float:
 def table(summary: dict) -> str:
     """Returns the summary as Markdown, a table of tasks and one of pretraining for each science."""
 
-    def cell(entry: dict) -> str:
-        spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
-        return f"{entry['mean']:.3f}{spread}"
-
-    lines = []
+    cell, lines = runs.cell, []
     for science in SCIENCES:
         tasks = {n: t for n, t in summary["tasks"].items() if TASKS[n].science == science}
         if not tasks:
@@ -398,19 +334,6 @@ def table(summary: dict) -> str:
             )
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    ended = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    return ended.stdout.strip()
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(': ', 1)[1].strip()}, {os.cpu_count()} cores"
-    return platform.machine()
 
 
 if __name__ == "__main__":
