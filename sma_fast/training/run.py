@@ -232,15 +232,13 @@ def _train_part(
 
 
 def _mae(options: TrainOptions, train: Examples, start: Path | None) -> MAETraining:
-    masking = dict(options.masking)
-    if masking.get("table") is not None:
-        masking["table"] = str(options.out / masking["table"])
     config = options.config()
     model = MAEForPretraining(config)
-    policy = mae_policy(options.mask, config, masking, len(train))
+    policy = mae_policy(options.mask, config, options.masking, options.out, len(train))
     training = MAETraining(model, policy, options.augment or "flip")
-    training.prepare_table(start)
-    train.numbered = masking.get("table") is not None
+    with checkpoints.writing(options.out):
+        training.prepare_table(start)
+    train.numbered = getattr(policy, "table", None) is not None
     return training
 
 
