@@ -20,6 +20,7 @@ from sma_fast.masking import SelfMAEMasking
 from sma_fast.masking.random import RandomMasking
 from sma_fast.masking.score_table import ScoreTable
 from sma_fast.models import MAEConfig, MAEForPretraining
+from sma_fast.training.data import ByIndex
 from sma_fast.training.mae import MAETraining, augmented
 from sma_fast.training.mae_presets import AUGMENTATIONS, MAE_PRESETS, MASKS, mae_policy
 from sma_fast.training.options import TrainOptions
@@ -297,6 +298,42 @@ def test_a_damaged_picture(
     assert json.loads(capsys.readouterr().out)["damaged_left_out"] == 2
 
 
+def test_a_part_with_damaged_pictures_only(
+    place: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """They are left out before the rest is cut into parts."""
+    valid = ByIndex({"valid": 0.2, "train": None}).indices(20)["valid"]
+    for number in valid:
+        (pictures / f"{number:02}.png").write_bytes(b"no picture")
+    arguments = pretrain(place, tmp_path / "out", "random", "--steps", "1", "--skip-damaged")
+    arguments[1] = pictures
+    assert call(arguments) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["damaged_left_out"] == 4
+    assert "got no whole picture (no format that is known)" in printed.err
+    parts = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert (parts["train"]["rows"], parts["valid"]["rows"]) == (13, 3)
+
+
+def test_a_damaged_picture_in_a_zip_file(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "pictures.zip"
+    data = bytearray((place / "pictures.zip").read_bytes())
+    data[data.index(png(7)) + 60] ^= 1
+    file.write_bytes(data)
+    arguments = pretrain(place, tmp_path / "out", "random", "--steps", "1")
+    arguments[1] = file
+    assert f"{file}/07.png: got no whole picture (no bytes, or damaged" in refused(
+        arguments, capsys
+    )
+    assert call([*arguments, "--skip-damaged"]) == 0
+    assert json.loads(capsys.readouterr().out)["damaged_left_out"] == 1
+    evaluated = ["evaluate", tmp_path / "out", file, "--cache", place / "cache", "--skip-damaged"]
+    assert call(evaluated) == 0
+    assert json.loads(capsys.readouterr().out)["damaged_left_out"] == 1
+
+
 def test_nothing_but_damaged_pictures(
     place: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -304,7 +341,9 @@ def test_nothing_but_damaged_pictures(
         path.write_bytes(b"no picture")
     arguments = pretrain(place, tmp_path / "out", "random", "--skip-damaged")
     arguments[1] = pictures
-    assert "skip_damaged: no picture of the" in refused(arguments, capsys)
+    assert call(arguments) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"skip_damaged: no picture of {pictures} is whole" in line
 
 
 def test_pictures_of_mixed_sizes(

@@ -24,7 +24,7 @@ _NOT_HERE = {  # arguments of policies that something else decides
     "width": "the model's",
     "pictures": "as many as the train part has",
 }
-_OWN = "*.json *.safetensors *.pt *.pth *.md training_args.bin checkpoint-* curves"  # of a run
+_OWN = "*.json *.safetensors *.pt *.pth *.md training_args.bin checkpoint-* runs"  # of a run
 # MAE's 1.5e-4 for each 256 pictures of a step, and 40 of 800 epochs of warm-up
 _PUBLISHED = Schedule(4096, 2.4e-3, 0.05, 0, 800, warmup_share=0.05, adam_beta2=0.95)
 
