@@ -45,11 +45,12 @@ class ScoreTable:
         size = _HEADER + pictures * row.itemsize
         if not os.path.lexists(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("xb") as stream:
+            with part_of(file).open("wb") as stream:
                 stream.write(header.ljust(_HEADER, b"\0"))
                 stream.truncate(size)
                 if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in training
                     os.posix_fallocate(stream.fileno(), 0, size)
+            part_of(file).replace(file)
         check_table(file)
         with file.open("rb") as stream:
             found = stream.read(_HEADER).rstrip(b"\0")
@@ -163,6 +164,11 @@ def check_table(file: Path) -> None:
         f"table: got {file}, which is there and no table of scores, allowed is a new file or such "
         "a table: name another one, or move that away"
     )
+
+
+def part_of(file: Path) -> Path:
+    """Returns where a table is written, to appear under its name when it is whole."""
+    return file.with_name(f".{file.name}.part")
 
 
 def check_views(view: Tensor | None, batch: int) -> None:

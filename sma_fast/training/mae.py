@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sma_fast import _check, _draws, ops
 from sma_fast.masking.random import count_masked
-from sma_fast.masking.score_table import ScoreTable, check_table
+from sma_fast.masking.score_table import ScoreTable, check_table, part_of
 from sma_fast.models import MAEConfig, MAEForPretraining
 from sma_fast.models.vit import MAEOutput
 from sma_fast.training.mae_presets import AUGMENTATIONS
@@ -141,7 +141,8 @@ class MAETraining(nn.Module):
         check_table(table)
         table.unlink(missing_ok=True)
         if start is not None:
-            shutil.copyfile(start / table.name, table)
+            shutil.copyfile(start / table.name, part_of(table))
+            part_of(table).replace(table)
         ScoreTable(table, self.policy.pictures, self.config.num_patches)
 
 
