@@ -138,6 +138,27 @@ def count(name: str, value: int, high: int | None) -> None:
         raise ValueError(f"{name}: got {value}, allowed is an int in [0, {high}]")
 
 
+def positive_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed is an int of at least 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, allowed is an int of at least 1")
+
+
+def positive(name: str, value: float) -> None:
+    number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, allowed is a finite number above 0")
+
+
+def layer(value: int, depth: int | None = None) -> None:
+    # without a `depth` any int: the model that has the layers is not known yet
+    allowed = "an int" if depth is None else f"an int in [{-depth}, {depth - 1}]"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or (depth is not None and not -depth <= value < depth):
+        raise ValueError(f"layer: got {value!r}, allowed is {allowed}")
+
+
 def generator(generator: torch.Generator | None) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(

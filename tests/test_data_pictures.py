@@ -17,6 +17,7 @@ from sma_fast.training.data import (
     from_state,
     load,
 )
+from sma_fast.training.data.pictures import damaged
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 2, 3, 3), np.uint8)
 LAYOUT = ["train/cat/1.png", "train/dog/1.png", "train/dog/2.PNG", "test/cat/1.png"]
@@ -109,6 +110,40 @@ def test_a_broken_picture(where, tmp_path, data):
     with pytest.raises(DataError, match=r"2\.png: got no whole picture") as error:
         Pictures.fit(dataset)
     assert str(where) in str(error.value)
+    assert "object at 0x" not in str(error.value)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("place", ["name", "bytes"])
+def test_a_broken_member_of_a_zip(tmp_path, compression, place):
+    """Found where it is opened, and by `damaged`; the rest is as it was."""
+    where = tmp_path / "all.zip"
+    with zipfile.ZipFile(where, "w", compression) as archive:
+        for number, pixels in enumerate(PIXELS):
+            archive.writestr(f"{number}.png", png(pixels))
+        at = archive.getinfo("2.png").header_offset + 30
+    data = bytearray(where.read_bytes())
+    data[at + (0 if place == "name" else 40)] ^= 1
+    where.write_bytes(data)
+    dataset = load(where, cache=tmp_path / "cache")
+    assert len(dataset) == 4
+    bad, messages = damaged(dataset, "image")
+    assert bad.tolist() == [False, False, True, False]
+    assert f"{where}/2.png: got no whole picture (no bytes, or damaged ones" in messages[0]
+    with pytest.raises(DataError, match=r"2\.png: got no whole picture"):
+        Pictures.fit(dataset)
+    kept = Pictures.fit(dataset.select([0, 1, 3]))
+    assert kept.encode({"image": [{"bytes": png(PIXELS[3]), "path": None}]})["inputs"].any()
+
+
+def test_a_zip_with_a_password(tmp_path):
+    where = make(tmp_path / "all.zip", ["1.png"])
+    data = bytearray(where.read_bytes())
+    for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(start) + flags] |= 1
+    where.write_bytes(data)
+    with pytest.raises(DataError, match=r"all\.zip: cannot be unpacked .*unpack it into a folder"):
+        load(where, cache=tmp_path / "cache")
 
 
 def test_sixteen_bits_are_refused(tmp_path):

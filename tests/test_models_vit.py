@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peers import without
 
 from sma_fast import ops
-from sma_fast.models import MAEConfig, MAEForPretraining
+from sma_fast.models import MAEConfig, MAEForPretraining, SMAForPretraining, hub
 from sma_fast.models.vit_layers import patchify, sincos_positions, unpatchify
 
 try:
@@ -270,6 +270,38 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     assert loaded.config == model.config
     expected = model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+
+
+def test_what_is_not_there_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = "allowed is a folder or hub name that holds what MAEForPretraining.save_pretrained"
+    with pytest.raises(ValueError, match=f"got '{tmp_path}', a folder without config.*{allowed}"):
+        MAEForPretraining.from_pretrained(tmp_path)
+    build().save_pretrained(tmp_path / "half")
+    (tmp_path / "half" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"half', a folder without model.safeten.*{allowed}"):
+        MAEForPretraining.from_pretrained(tmp_path / "half")
+    with pytest.raises(ValueError, match=f"missing', no folder, and on the hub: Repo .*{allowed}"):
+        MAEForPretraining.from_pretrained(tmp_path / "missing")
+
+    def not_found(*_: object, **__: object) -> None:
+        raise FileNotFoundError("404\nnothing")
+
+    monkeypatch.setattr(hub, "hf_hub_download", not_found)
+    with pytest.raises(ValueError, match=f"got 'a/b', no folder, and on the hub: 404 n.*{allowed}"):
+        MAEForPretraining.from_pretrained("a/b")
+
+
+def test_a_folder_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit_mae", "patch_size": 16}')
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
+    for source in (tmp_path, "facebook/vit-mae-base"):
+        message = f"got '{source}', a model of transformers, 'vit_mae', allowed is .*; take MAEForP"
+        with pytest.raises(ValueError, match=message + r"retraining\.from_hugging_face\("):
+            MAEForPretraining.from_pretrained(source)
+    with pytest.raises(
+        ValueError, match="a model of transformers, 'vit_mae', allowed is .* wrote$"
+    ):
+        SMAForPretraining.from_pretrained(tmp_path)
 
 
 def test_presets() -> None:

@@ -16,8 +16,11 @@ from test_cli import refused
 from test_training import pair
 
 from sma_fast import _draws, cli
+from sma_fast.masking import SelfMAEMasking
 from sma_fast.masking.random import RandomMasking
+from sma_fast.masking.score_table import ScoreTable
 from sma_fast.models import MAEConfig, MAEForPretraining
+from sma_fast.training.data import ByIndex
 from sma_fast.training.mae import MAETraining, augmented
 from sma_fast.training.mae_presets import AUGMENTATIONS, MAE_PRESETS, MASKS, mae_policy
 from sma_fast.training.options import TrainOptions
@@ -295,6 +298,42 @@ def test_a_damaged_picture(
     assert json.loads(capsys.readouterr().out)["damaged_left_out"] == 2
 
 
+def test_a_part_with_damaged_pictures_only(
+    place: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """They are left out before the rest is cut into parts."""
+    valid = ByIndex({"valid": 0.2, "train": None}).indices(20)["valid"]
+    for number in valid:
+        (pictures / f"{number:02}.png").write_bytes(b"no picture")
+    arguments = pretrain(place, tmp_path / "out", "random", "--steps", "1", "--skip-damaged")
+    arguments[1] = pictures
+    assert call(arguments) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["damaged_left_out"] == 4
+    assert "got no whole picture (no format that is known)" in printed.err
+    parts = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert (parts["train"]["rows"], parts["valid"]["rows"]) == (13, 3)
+
+
+def test_a_damaged_picture_in_a_zip_file(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "pictures.zip"
+    data = bytearray((place / "pictures.zip").read_bytes())
+    data[data.index(png(7)) + 60] ^= 1
+    file.write_bytes(data)
+    arguments = pretrain(place, tmp_path / "out", "random", "--steps", "1")
+    arguments[1] = file
+    assert f"{file}/07.png: got no whole picture (no bytes, or damaged" in refused(
+        arguments, capsys
+    )
+    assert call([*arguments, "--skip-damaged"]) == 0
+    assert json.loads(capsys.readouterr().out)["damaged_left_out"] == 1
+    evaluated = ["evaluate", tmp_path / "out", file, "--cache", place / "cache", "--skip-damaged"]
+    assert call(evaluated) == 0
+    assert json.loads(capsys.readouterr().out)["damaged_left_out"] == 1
+
+
 def test_nothing_but_damaged_pictures(
     place: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -302,7 +341,9 @@ def test_nothing_but_damaged_pictures(
         path.write_bytes(b"no picture")
     arguments = pretrain(place, tmp_path / "out", "random", "--skip-damaged")
     arguments[1] = pictures
-    assert "skip_damaged: no picture of the" in refused(arguments, capsys)
+    assert call(arguments) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"skip_damaged: no picture of {pictures} is whole" in line
 
 
 def test_pictures_of_mixed_sizes(
@@ -336,6 +377,21 @@ OPTIONS = {
     "--set-mask ratio=3": (1, "options of mask 'selfmae': got 'ratio', allowed is mask_ratio, st"),
     "--set-mask start=3": (1, "start: got 3, allowed is"),
     "--set-mask layer=9": (1, "layer: got 9, allowed is an int in [-6, 5]"),
+    "--set-mask layer=last": (1, "layer: got 'last', allowed is an int"),
+    "--set-mask iterations=0": (1, "iterations: got 0, allowed is an int of at least 1"),
+    "--set-mask iterations=many": (1, "iterations: got str, allowed is an int of at least 1"),
+    "--set-mask tol=0": (1, "tol: got 0, allowed is a finite number above 0"),
+    "--set-mask tol=x": (1, "tol: got str, allowed is a number"),
+    "--set-mask norm=1": (1, "norm: got int, allowed is True or False"),
+    "--set-mask table=5": (1, "table: got 5, allowed is a bare file name in the run's folder"),
+    "--set-mask table=/tmp/scores.bin": (1, "table: got '/tmp/scores.bin', allowed is a bare"),
+    "--set-mask table=../scores.bin": (1, "table: got '../scores.bin', allowed is a bare file"),
+    "--set-mask table=a\\b": (1, "table: got 'a\\\\b', allowed is a bare file name"),
+    "--set-mask table=..": (1, "table: got '..', allowed is a bare file name"),
+    "--set-mask table=": (1, "table: got '', allowed is a bare file name"),
+    "--set-mask table=config.json": (1, "table: got 'config.json', the run's own, allowed is"),
+    "--set-mask table=Model.safetensors": (1, "table: got 'Model.safetensors', the run's own"),
+    "--set-mask table=checkpoint-2": (1, "table: got 'checkpoint-2', the run's own, allowed is"),
     "--set-mask pictures=9": (1, "pictures: got 9 in masking, allowed is as many as the train"),
     "--set-mask mask_ratio=1": (1, "mask_ratio: got 1, allowed is"),
     "--set mask_ratio=0.5 --set-mask mask_ratio=0.6": (1, "mask_ratio: got 0.5 of the model and"),
@@ -355,6 +411,52 @@ def test_options_are_refused_before_data_are_read(
     model = [] if "--model" in given else ["--model", "mae"]
     assert message in refused([*start, *model, *given.split()], capsys, code)
     assert not (tmp_path / "out").exists()
+
+
+def test_only_tables_of_scores_are_deleted(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("years of work")
+    given = ("--steps", "2", "--set-mask", "start=0", "table=precious.txt")
+    arguments = pretrain(place, out, "selfmae", *given)
+    arguments[1] = tmp_path / "missing"  # nothing of it is read
+    line = refused(arguments, capsys)
+    assert f"table: got {out / 'precious.txt'}, which is there and no table of scores" in line
+    assert (out / "precious.txt").read_text() == "years of work"
+    arguments = pretrain(place, out, "selfmae", *given[:-1], "table=scores.bin")
+    for _ in range(2):  # what an earlier run left, too
+        assert call(arguments) == 0
+        for folder in (out, out / "checkpoint-2"):
+            ScoreTable(folder / "scores.bin", 16, 16)
+        shutil.rmtree(out / "checkpoint-1")
+        shutil.rmtree(out / "checkpoint-2")
+        (out / "complete.json").unlink()
+
+
+def test_a_table_replaces_nothing_else_in_a_checkpoint(tmp_path: Path) -> None:
+    config = MAEConfig(**SIZES)
+    policy = SelfMAEMasking(table=tmp_path / "model.safetensors", pictures=3)
+    training = MAETraining(MAEForPretraining(config), policy)
+    training.prepare_table(None)
+    (tmp_path / "saved").mkdir()
+    with pytest.raises(ValueError, match=r"table: got .*model.safetensors, which is there and no"):
+        training.save_pretrained(tmp_path / "saved")
+    MAEForPretraining.from_pretrained(tmp_path / "saved")
+
+
+def test_tables_keep_scores_of_whole_pictures(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    policy = SelfMAEMasking(start=0.0, table=tmp_path / "scores", pictures=4)
+    training = MAETraining(MAEForPretraining(MAEConfig(**SIZES)), policy, "crop")
+    inputs = torch.randn(4, 64, 3)
+    inputs[:, :16] += 5
+    training(inputs, index=torch.arange(4))
+    kept, fresh = ScoreTable(policy.table, 4, 16).read(torch.arange(4), 0, 0)
+    assert bool(fresh.all())
+    expected = policy.scores(training.model, training.pixels(inputs))
+    torch.testing.assert_close(kept, expected, rtol=0, atol=1e-3)
 
 
 def test_damaged_rows_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,8 @@
 """Self-guided MAE's policy: random masks first, then masks that hide the object."""
 
 import dataclasses
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +11,54 @@ from torch import Tensor
 
 from sma_fast import _check, _draws, ops
 from sma_fast.masking.random import RandomMasking, number_for
-from sma_fast.masking.score_table import ScoreTable
+from sma_fast.masking.score_table import ScoreTable, check_views
+
+_DECAYS = {  # from 1 to 0, of t from 0 to 1
+    "quadratic": lambda t: 1 - t * t,
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+}
+_CHOICES = {
+    "method": ("ncut", "pca"),
+    "threshold": ("zero", "mean", "median"),
+    "cluster": ("object", "background", "smaller", "larger"),
+    "hints_by": ("random", "score"),
+    "decay": tuple(_DECAYS),
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class SelfMAEMasking:
     """Masks at random until `start`, then the patches most like the object's cluster.
 
-    The paper leaves open which layer, which cluster, when to begin and how many hints; each is an
-    argument here.
+    The mask of a picture stays random where there is nothing to cut, where its cut has not
+    converged, and while the share of hints leaves no patch to mask by rank.
+
+    The paper leaves open which layer, where to cut its vector, which cluster, when to begin and how
+    many hints; each is an argument here.
 
     Args:
         mask_ratio: share of the patches to mask, in [0, 1]. Default: that of the model's config.
-        start: the share of training before which masks are random. A quarter: the paper sees
-            patches cluster early, after about 50 of its epochs.
+        start: the share of training before which masks are random. A quarter (chosen): the paper
+            sees patches cluster early in pretraining, and says not when to begin.
         layer: whose embeddings are cut in two. The last one, as the paper has it.
+        norm: whether through the encoder's last normalisation. True: so the decoder gets them.
         method: "ncut" or "pca", of `sma_fast.bipartition`. The paper's normalised cut.
+        threshold: of the cut's vector, above which a patch is in the one cluster: "zero" for the
+            labels of `sma_fast.bipartition`, or its "mean" or "median" over all patches. Zero: it
+            is the mean weighted by the patches' degrees, and needs no other pass.
         cluster: whose patches are hidden, of `sma_fast.informed_scores`. The object.
         iterations, tol: of `sma_fast.bipartition`, whose defaults they are.
         initial_hints: the share of the masked patches that is drawn at random at `start`, and so
             leaves as many of the object visible. All: the step from random masks is a small one.
         final_hints: the same at the end. A tenth: hints helped in the paper, none are worse.
-        refresh: epochs for which a picture's scores are kept where `table` is given. Five: they
-            change slowly, and an unmasked forward costs a third of a step.
+        decay: from one to the other, t from 0 to 1: "quadratic" for 1 - t^2, "linear" for 1 - t,
+            "cosine" for (1 + cos(pi t)) / 2. Quadratic: another implementation's, slow at first.
+        hints_by: "random", or "score" to leave the highest-scoring patches visible and to mask the
+            next ones instead, as many as the draw leaves visible on average. Random: each patch of
+            the object is then hidden in most steps and a hint in some.
+        refresh: epochs for which a picture's scores are kept where `table` is given. Five (chosen):
+            that saves four of five unmasked forwards.
         table: file of the scores that are kept; it is made, or opened where it is. Default: scores
             are made anew in every step.
         pictures: how many the table has room for; needed with `table`.
@@ -45,33 +72,44 @@ class SelfMAEMasking:
     mask_ratio: float | None = None
     start: float = 0.25
     layer: int = -1
+    norm: bool = True
     method: str = "ncut"
+    threshold: str = "zero"
     cluster: str = "object"
     iterations: int = 64
     tol: float = 3e-4
     initial_hints: float = 1.0
     final_hints: float = 0.1
+    decay: str = "quadratic"
+    hints_by: str = "random"
     refresh: int = 5
     table: str | Path | None = None
     pictures: int | None = None
-    _tables: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("start", "initial_hints", "final_hints"):
             _check.ratio(name, getattr(self, name))
         if self.mask_ratio is not None:
             _check.ratio("mask_ratio", self.mask_ratio)
-        _check.choice("method", self.method, ("ncut", "pca"))
-        _check.choice("cluster", self.cluster, ("object", "background", "smaller", "larger"))
+        for name, allowed in _CHOICES.items():
+            _check.choice(name, getattr(self, name), allowed)
+        _check.layer(self.layer)
+        _check.flag("norm", self.norm)
+        _check.positive_count("iterations", self.iterations)
+        _check.positive("tol", self.tol)
         _check.count("refresh", self.refresh, None)
+        if self.pictures is not None:
+            _check.positive_count("pictures", self.pictures)
+        if self.table is not None and not isinstance(self.table, (str, os.PathLike)):
+            raise TypeError(f"table: got {type(self.table).__name__}, allowed is a path or None")
         if self.table is not None and self.pictures is None:
             raise ValueError("pictures: got None beside a table, allowed is how many there are")
+        self._opened: ScoreTable | None = None
 
     def hints(self, progress: float) -> float:
-        """Returns the share of the masked patches that is drawn at random.
+        """Returns the share of the masked patches that is left to hints.
 
-        1 before `start`; from there initial_hints to final_hints along 1 - t^2, with t from 0 to 1:
-        slowly at first.
+        1 before `start`; from there initial_hints to final_hints, along `decay`.
 
         Args:
             progress: the share of training that is done, in [0, 1].
@@ -79,8 +117,8 @@ class SelfMAEMasking:
         _check.ratio("progress", progress)
         if progress < self.start or self.start == 1:
             return 1.0
-        t = (progress - self.start) / (1 - self.start)
-        return self.final_hints + (self.initial_hints - self.final_hints) * (1 - t * t)
+        left = _DECAYS[self.decay]((progress - self.start) / (1 - self.start))
+        return self.final_hints + (self.initial_hints - self.final_hints) * left
 
     def __call__(
         self,
@@ -91,6 +129,7 @@ class SelfMAEMasking:
         index: Tensor | None = None,
         epoch: int | None = None,
         view: Tensor | None = None,
+        whole: Tensor | None = None,
     ) -> ops.TokenSelection:
         """Returns which patches are masked.
 
@@ -99,10 +138,13 @@ class SelfMAEMasking:
             pixels: (B, channels, height, width).
             progress: the share of training that is done, in [0, 1].
             generator: for the random masks and the hints. Default: torch's global one.
-            index: (B,) int64, which pictures of the data set these are; needed with a table.
-            epoch: which one this is; needed with a table.
+            index: (B,) integers, which pictures of the data set these are; needed with a table.
+            epoch: which one this is, from 0; needed with a table.
             view: (B, 5), how the pictures were cut out and turned, see `ScoreTable`. Default: not
                 at all.
+            whole: as `pixels`, the pictures before that; the scores that a table keeps are then
+                made of these. Default: of `pixels`, and a later view outside of `view` gets the
+                scores at its edge.
 
         Returns:
             TokenSelection.
@@ -111,59 +153,91 @@ class SelfMAEMasking:
             TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
         _check.generator(generator)
-        hints = self.hints(progress)
-        if hints == 1.0:
+        if self.table is not None:
+            _check_kept(pixels, index, epoch, view, whole)
+        number, hints = number_for(model, self.mask_ratio), self.hints(progress)
+        if round((1 - hints) * number) == 0:
             return RandomMasking(self.mask_ratio)(model, pixels, generator=generator)
         if self.table is None:
             scores = self.scores(model, pixels)
         else:
-            scores = self._kept_scores(model, pixels, index, epoch, view)
+            scores = self._kept_scores(model, pixels, index, epoch, view, whole)
         # nothing was cut: all scores are 0, and the mask is a random one
         nothing = (scores == 0).all(dim=1, keepdim=True)
         scores = torch.where(nothing, _draws.rand(scores.shape, generator, scores.device), scores)
-        return ops.select_tokens(
-            scores,
-            num_masked=number_for(model, self.mask_ratio),
-            random_fraction=hints,
-            generator=generator,
-        )
+        if self.hints_by == "random":
+            return ops.select_tokens(
+                scores, num_masked=number, random_fraction=hints, generator=generator
+            )
+        drawn, visible = number - round((1 - hints) * number), scores.shape[1] - number
+        if drawn and visible:  # of the highest ones, as many as a draw leaves visible
+            shown = ops.select_tokens(scores, num_masked=round(drawn * visible / (drawn + visible)))
+            scores = scores.masked_fill(shown.mask, float("-inf"))
+        return ops.select_tokens(scores, num_masked=number)
 
     def scores(self, model: Any, pixels: Tensor) -> Tensor:
-        """Returns how like the object's cluster each patch is, (B, N) float32, 0 where none was.
+        """Returns how like the object's cluster each patch is, (B, N) float32.
 
-        By one unmasked forward without gradient.
+        By one unmasked forward without gradient. A row is 0 where nothing was cut, and where the
+        cut has not converged: such a mask would follow rounding.
 
         Args:
             model: MAEForPretraining.
             pixels: (B, channels, height, width).
         """
         with torch.no_grad():
-            embeddings = model.embeddings(pixels, self.layer)  # (B, N, C)
+            embeddings = model.embeddings(pixels, self.layer, self.norm)  # (B, N, C)
             cut = ops.bipartition(
                 embeddings, method=self.method, iterations=self.iterations, tol=self.tol
             )
-            return ops.informed_scores(embeddings, cut, cluster=self.cluster)
+            if self.threshold != "zero":
+                vector = cut.vector  # (B, N)
+                middle = vector.mean(1) if self.threshold == "mean" else vector.median(1).values
+                cut = cut._replace(labels=vector > middle[:, None])
+            scores = ops.informed_scores(embeddings, cut, cluster=self.cluster)
+            return scores.masked_fill(~cut.converged[:, None], 0.0)
 
     def _kept_scores(
         self,
         model: Any,
         pixels: Tensor,
-        index: Tensor | None,
-        epoch: int | None,
+        index: Tensor,
+        epoch: int,
         view: Tensor | None,
+        whole: Tensor | None,
     ) -> Tensor:
-        if index is None or epoch is None:
-            raise ValueError("index, epoch: got None, allowed is both where scores are kept")
-        table = self._tables.get(model.config.num_patches)
-        if table is None:
-            table = ScoreTable(self.table, self.pictures, model.config.num_patches)
-            self._tables[model.config.num_patches] = table
-        scores, fresh = table.read(index, epoch - self.refresh + 1, view)
+        patches, since = model.config.num_patches, epoch - self.refresh + 1
+        if self._opened is None or self._opened.side**2 != patches:
+            self._opened = ScoreTable(self.table, self.pictures, patches)
+        scores, fresh = self._opened.read(index, since, epoch, view)
         stale = (~fresh).nonzero()[:, 0]
         if len(stale):
-            made = self.scores(model, pixels[stale.to(pixels.device)]).cpu()
-            table.write(
-                index.cpu()[stale], epoch, made, None if view is None else view.cpu()[stale]
-            )
-            scores[stale] = made
+            seen = pixels if whole is None else whole
+            made = self.scores(model, seen[stale.to(pixels.device)])
+            seen_in = None if view is None or whole is not None else view.cpu()[stale]
+            self._opened.write(index.cpu()[stale], epoch, made, seen_in)
+            scores, _ = self._opened.read(index, min(since, epoch), epoch, view)
         return scores.to(pixels.device)
+
+
+def _check_kept(
+    pixels: Tensor,
+    index: Tensor | None,
+    epoch: int | None,
+    view: Tensor | None,
+    whole: Tensor | None,
+) -> None:
+    if index is None or epoch is None:
+        raise ValueError("index, epoch: got None, allowed is both where scores are kept")
+    batch = len(pixels)
+    _check.tensor("index", index, 1, "(B,)", _check.INTS)
+    if len(index) != batch:
+        raise ValueError(f"index: got shape {tuple(index.shape)}, allowed is {(batch,)}")
+    _check.count("epoch", epoch, None)
+    check_views(view, batch)
+    if whole is not None:
+        _check.tensor("whole", whole, 4, "as pixels", _check.FLOATS)
+        if whole.shape != pixels.shape:
+            raise ValueError(
+                f"whole: got shape {tuple(whole.shape)}, allowed is {tuple(pixels.shape)}"
+            )

@@ -249,6 +249,5 @@ class MAEForPretraining(nn.Module, HubModel):
 
     def _layer(self, layer: int) -> int:
         depth = self.config.num_hidden_layers
-        if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
-            raise ValueError(f"layer: got {layer!r}, allowed is an int in [{-depth}, {depth - 1}]")
+        _check.layer(layer, depth)
         return layer % depth

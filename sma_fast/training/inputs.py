@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import datasets
@@ -100,11 +100,20 @@ class Encodings:
             raise CheckpointError(f"{file}: is damaged: {error}: take another checkpoint") from None
 
 
-def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, datasets.Dataset]:
+def open_parts(
+    data: DataOptions,
+    labels: tuple[str, ...] = (),
+    chosen: Callable[[datasets.Dataset], datasets.Dataset] | None = None,
+) -> dict[str, datasets.Dataset]:
     """Returns the rows by part: "train", and perhaps "valid" and "test".
 
     Data sets of the hub and folders of pictures that bring splits keep them, unless a share for
     the test part is asked for; beside sources of the other parts, one's own part of them counts.
+
+    Args:
+        data: where they are.
+        labels: columns that must be there.
+        chosen: returns the rows of a source that count, before it is cut. Default: all.
 
     Raises:
         RunError: where such a source has no such part.
@@ -124,11 +133,15 @@ def open_parts(data: DataOptions, labels: tuple[str, ...] = ()) -> dict[str, dat
         own = {"train": source, "valid": data.validation, "test": data.test}
         own = {part: path for part, path in own.items() if path is not None}
         parts = load_splits(own, **named)
+        if chosen is not None:
+            parts = {part: chosen(rows) for part, rows in parts.items()}
         for part, path in own.items():
             if brings_splits(path, data.format, parts[part]):
                 parts[part] = _same_part(parts[part], data, part, path)
     else:
         rows = load(source, **named)
+        if chosen is not None:
+            rows = chosen(rows)
         column = splits_of(data, rows)
         if column is None or (data.test_share and not data.split_column):
             sizes = {"test": data.test_share or 0.0, "valid": data.share_to_validate}
@@ -286,8 +299,13 @@ def one_column(data: DataOptions, called: str = "inputs") -> str | None:
     return data.inputs[0] if data.inputs else None
 
 
-def rows_to_read(data: DataOptions) -> datasets.Dataset:
+def rows_to_read(
+    data: DataOptions, chosen: Callable[[datasets.Dataset], datasets.Dataset] | None = None
+) -> datasets.Dataset:
     """Returns the rows of the test part where there is one, as training cut it, or all of them.
+
+    Args:
+        data, chosen: as for `open_parts`.
 
     Raises:
         RunError: where there are parts but no test part, or for a validation part.
@@ -295,7 +313,7 @@ def rows_to_read(data: DataOptions) -> datasets.Dataset:
     """
     if data.validation or data.validation_share:
         raise RunError("validation, validation_share: allowed is neither but in training")
-    parts = open_parts(dataclasses.replace(data, validation_share=0.0))
+    parts = open_parts(dataclasses.replace(data, validation_share=0.0), chosen=chosen)
     if "test" in parts:
         return parts["test"]
     if data.split_column or set(parts) != {"train"}:

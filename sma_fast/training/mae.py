@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sma_fast import _check, _draws, ops
 from sma_fast.masking.random import count_masked
-from sma_fast.masking.score_table import ScoreTable
+from sma_fast.masking.score_table import ScoreTable, check_table, part_of
 from sma_fast.models import MAEConfig, MAEForPretraining
 from sma_fast.models.vit import MAEOutput
 from sma_fast.training.mae_presets import AUGMENTATIONS
@@ -67,8 +67,9 @@ class MAETraining(nn.Module):
         if not self.training:
             output = self.model(pixels)
             return output if attention_mask is None else _of_some(output, attention_mask.any(1))
-        pixels, view = augmented(pixels, self.augment)
-        output = self.model(pixels, self._selection(pixels, index, view))
+        whole = pixels
+        pixels, view = augmented(whole, self.augment)
+        output = self.model(pixels, self._selection(pixels, index, view, whole))
         return output._replace(loss=self._with_own_loss(output))
 
     def pixels(self, inputs: Tensor) -> Tensor:
@@ -76,10 +77,12 @@ class MAETraining(nn.Module):
         return inputs.unflatten(1, (self.config.image_size, -1)).permute(0, 3, 1, 2)
 
     @torch.compiler.disable  # progress changes at every step, and a policy may look at numbers
-    def _selection(self, pixels: Tensor, index: Tensor | None, view: Tensor) -> ops.TokenSelection:
+    def _selection(
+        self, pixels: Tensor, index: Tensor | None, view: Tensor, whole: Tensor
+    ) -> ops.TokenSelection:
         kept = {}
         if getattr(self.policy, "table", None) is not None:
-            kept = {"index": index, "epoch": self.epoch, "view": view}
+            kept = {"index": index, "epoch": self.epoch, "view": view, "whole": whole}
         return self.policy(self.model, pixels, self.progress, **kept)
 
     @torch.compiler.disable
@@ -119,6 +122,7 @@ class MAETraining(nn.Module):
             safetensors.torch.save_model(self.policy, str(folder / POLICY_WEIGHTS))
         table = getattr(self.policy, "table", None)
         if table is not None and Path(table).parent != folder:
+            check_table(folder / Path(table).name)
             shutil.copyfile(table, folder / Path(table).name)
 
     def prepare_table(self, start: Path | None) -> None:
@@ -126,14 +130,19 @@ class MAETraining(nn.Module):
 
         Args:
             start: the checkpoint, None for the start.
+
+        Raises:
+            ValueError: where another file has the table's name.
         """
         table = getattr(self.policy, "table", None)
         if table is None or int(os.environ.get("LOCAL_RANK", 0)) > 0:
             return
         table = Path(table)
+        check_table(table)
         table.unlink(missing_ok=True)
         if start is not None:
-            shutil.copyfile(start / table.name, table)
+            shutil.copyfile(start / table.name, part_of(table))
+            part_of(table).replace(table)
         ScoreTable(table, self.policy.pictures, self.config.num_patches)
 
 

@@ -6,9 +6,13 @@ Source: Masked Autoencoders Are Scalable Vision Learners (arXiv 2111.06377), app
 import dataclasses
 import inspect
 from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
+from sma_fast import _check
 from sma_fast.masking import POLICIES, picture_policy
+from sma_fast.masking.score_table import check_table
 from sma_fast.models import MAEConfig
 from sma_fast.training.presets import Preset, Schedule
 
@@ -20,6 +24,7 @@ _NOT_HERE = {  # arguments of policies that something else decides
     "width": "the model's",
     "pictures": "as many as the train part has",
 }
+_OWN = "*.json *.safetensors *.pt *.pth *.md training_args.bin checkpoint-* runs"  # of a run
 # MAE's 1.5e-4 for each 256 pictures of a step, and 40 of 800 epochs of warm-up
 _PUBLISHED = Schedule(4096, 2.4e-3, 0.05, 0, 800, warmup_share=0.05, adam_beta2=0.95)
 
@@ -79,14 +84,20 @@ def mae_preset(name: str, scale: str = "full") -> MAEPreset:
 
 
 def mae_policy(
-    mask: str, config: MAEConfig, arguments: Mapping[str, Any], pictures: int | None = None
+    mask: str,
+    config: MAEConfig,
+    arguments: Mapping[str, Any],
+    folder: Path | None = None,
+    pictures: int | None = None,
 ) -> Any:
     """Returns what decides which patches are masked in training.
 
     Args:
         mask: one of `MASKS`.
         config: of the model.
-        arguments: of the policy's class; `mask_ratio` is taken from `config`.
+        arguments: of the policy's class; `mask_ratio` is taken from `config`, and `table` is a file
+            name in `folder`.
+        folder: of the run. Default: the current one.
         pictures: of the train part, for a table of scores. Default: not known yet.
 
     Raises:
@@ -99,13 +110,11 @@ def mae_policy(
     try:
         _check_names(POLICIES[mask], given)
         if given.get("table") is not None:
-            given["pictures"] = pictures or 1
+            given |= {"table": _table(given["table"], folder or Path()), "pictures": pictures or 1}
         policy = picture_policy(mask, config, **given)
     except TypeError as error:
         raise ValueError(f"options of mask {mask!r}: {error}") from None
-    layer, depth = getattr(policy, "layer", -1), config.num_hidden_layers
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
-        raise ValueError(f"layer: got {layer!r}, allowed is an int in [{-depth}, {depth - 1}]")
+    _check.layer(getattr(policy, "layer", -1), config.num_hidden_layers)
     return policy
 
 
@@ -115,3 +124,17 @@ def _check_names(kind: type, given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in allowed:
             raise TypeError(f"got {name!r}, allowed is {', '.join(allowed)}")
+
+
+def _table(name: Any, folder: Path) -> Path:
+    # a file of its own in the folder of the run: what else it named would be deleted
+    allowed = "a bare file name in the run's folder, such as scores.bin"
+    if not isinstance(name, str):
+        raise ValueError(f"table: got {name!r}, allowed is {allowed}")
+    bare = name == Path(name).name and not set(name) & set("\\:\0") and len(name.encode()) <= 200
+    if not name or not bare or name.startswith("."):
+        raise ValueError(f"table: got {name!r}, allowed is {allowed}: no path, no hidden file")
+    if any(fnmatch(name.lower(), pattern) for pattern in _OWN.split()):
+        raise ValueError(f"table: got {name!r}, the run's own, allowed is another: {allowed}")
+    check_table(folder / name)
+    return folder / name

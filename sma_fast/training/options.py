@@ -220,7 +220,7 @@ class TrainOptions:
             ValueError: naming the option, what was given and what is allowed.
         """
         if self.kind == "mae":
-            mae_policy(self.mask, self.config(), self.masking)
+            mae_policy(self.mask, self.config(), self.masking, self.out)
             if self.fsdp:
                 raise ValueError(f"fsdp: got {self.fsdp!r}, allowed is none with --model mae")
             return

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -76,7 +77,10 @@ def only_saved(folder: Path) -> bool:
 
 
 def open_pretrained(
-    folder: Path, data: DataOptions, called: str = "inputs"
+    folder: Path,
+    data: DataOptions,
+    called: str = "inputs",
+    chosen: Callable[[datasets.Dataset], datasets.Dataset] | None = None,
 ) -> tuple[SMAForPretraining, Inputs, datasets.Dataset]:
     """Returns a pretrained model, the encoding of its inputs, and the rows of `data` to look at.
 
@@ -84,19 +88,20 @@ def open_pretrained(
         folder: of `pretrain`, or of `save_pretrained` alone, where its tokens are bytes.
         data: where the rows are.
         called: what messages call `data.inputs`.
+        chosen: as for `open_parts`.
 
     Raises:
         RunError, DataError, CheckpointError: saying what to do.
     """
     model, known = load_pretrained(folder)
     if known is not None:
-        return model, known_inputs(known, data, called), rows_to_read(data)
+        return model, known_inputs(known, data, called), rows_to_read(data, chosen)
     if model.config.input_type != "discrete":
         raise RunError(
             f"{folder}: has no {DATA}, so nothing says how its table or pictures were "
             "standardised: name a folder that sma-fast pretrain or finetune wrote"
         )
-    rows = rows_to_read(data)
+    rows = rows_to_read(data, chosen)
     return model, fit_inputs("bytes", rows, data, model.config), rows
 
 

@@ -20,7 +20,7 @@ from sma_fast.masking.random import RandomMasking
 from sma_fast.models import MAEForPretraining, SMAConfig, SMAForPrediction, SMAForPretraining
 from sma_fast.training import checkpoints, metrics
 from sma_fast.training.callbacks import Curves
-from sma_fast.training.damaged import leave_out_damaged
+from sma_fast.training.damaged import WholePictures
 from sma_fast.training.data import Collator, Examples
 from sma_fast.training.extras import require
 from sma_fast.training.inputs import (
@@ -73,8 +73,8 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     if options.patience:
         raise RunError("patience: allowed in fine-tuning only: pretraining keeps its last weights")
     start = starting_point(options, data, "pretrain")
-    parts = open_parts(data)
-    more = leave_out_damaged(parts, data)
+    whole = WholePictures(data)
+    parts = open_parts(data, chosen=whole)
     train = _train_part(parts, options, data)
     encodings = Encodings(fit_inputs(options.start().encoding, train, data, options.config()))
     examples = encoded(parts | {"train": train}, encodings)
@@ -86,7 +86,7 @@ def pretrain(options: TrainOptions, data: DataOptions) -> dict[str, Any]:
     else:
         model = SMAForPretraining(_config(options, encodings.inputs))
     trainer = _trainer(model, options, examples, encodings, finetuning=False)
-    return _train(trainer, options, encodings, start, more, lambda: {})
+    return _train(trainer, options, encodings, start, whole.counted(), lambda: {})
 
 
 def finetune(
@@ -145,8 +145,8 @@ def finetune(
                 f"labels: {pretrained} reads {', '.join(read)} as input, which gives the answer "
                 f"away: pretrain again with --exclude {' '.join(read)}"
             )
-    parts = open_parts(data, labels)
-    more = leave_out_damaged(parts, data)
+    whole = WholePictures(data)
+    parts = open_parts(data, labels, whole)
     train = _train_part(parts, options, data)
     if known is None:
         config = options.config() if source is None else source.config
@@ -174,7 +174,7 @@ def finetune(
         output = trainer.predict(examples["test"], metric_key_prefix="test")
         return {"test": metrics.scores(task, output.predictions, output.label_ids, encodings)}
 
-    return _train(trainer, options, encodings, start, {"task": task, **more}, on_test)
+    return _train(trainer, options, encodings, start, {"task": task, **whole.counted()}, on_test)
 
 
 def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str, Any]:
@@ -194,30 +194,29 @@ def evaluate(folder: Path, data: DataOptions, batch_size: int = 64) -> dict[str,
     """
     mae = holds_mae(folder)
     known = None if only_saved(folder) and not mae else Encodings.read(folder)
+    whole = WholePictures(data)
     if mae:
         model = MAETraining(load_model(folder, MAEForPretraining), RandomMasking())
         encodings = Encodings(known_inputs(known.inputs, data))
-        rows = rows_to_read(data)
+        rows = rows_to_read(data, whole)
     elif known is None or known.labels is None:
-        model, inputs, rows = open_pretrained(folder, data)
+        model, inputs, rows = open_pretrained(folder, data, chosen=whole)
         encodings = Encodings(inputs)
     else:
         model = load_model(folder, SMAForPrediction)
         encodings = dataclasses.replace(known, inputs=known_inputs(known.inputs, data))
-        rows = rows_to_read(data)
-    parts = {"rows": rows}
-    more = leave_out_damaged(parts, data)
-    examples = encoded(parts, encodings)
+        rows = rows_to_read(data, whole)
+    examples = encoded({"rows": rows}, encodings)
     with tempfile.TemporaryDirectory(prefix="sma_fast-") as scratch:  # the Trainer wants one
         arguments = training_arguments(
             Path(scratch), per_device_eval_batch_size=batch_size, disable_tqdm=True
         )
         trainer = SMATrainer(model, arguments, data_collator=Collator())
         if encodings.labels is None:
-            return _losses(trainer.evaluate(examples["rows"])) | more
+            return _losses(trainer.evaluate(examples["rows"])) | whole.counted()
         output = trainer.predict(examples["rows"])
     task = {kind: task for task, kind in TASKS.items()}[model.config.problem_type]
-    return metrics.scores(task, output.predictions, output.label_ids, encodings) | more
+    return metrics.scores(task, output.predictions, output.label_ids, encodings) | whole.counted()
 
 
 def _train_part(
@@ -232,15 +231,13 @@ def _train_part(
 
 
 def _mae(options: TrainOptions, train: Examples, start: Path | None) -> MAETraining:
-    masking = dict(options.masking)
-    if masking.get("table") is not None:
-        masking["table"] = str(options.out / masking["table"])
     config = options.config()
     model = MAEForPretraining(config)
-    policy = mae_policy(options.mask, config, masking, len(train))
+    policy = mae_policy(options.mask, config, options.masking, options.out, len(train))
     training = MAETraining(model, policy, options.augment or "flip")
-    training.prepare_table(start)
-    train.numbered = masking.get("table") is not None
+    with checkpoints.writing(options.out):
+        training.prepare_table(start)
+    train.numbered = getattr(policy, "table", None) is not None
     return training
 
 

@@ -1,6 +1,8 @@
 """Readers of folders and zip files of pictures: where they are, their class and their split."""
 
+import lzma
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -57,6 +59,8 @@ def read_folder(folder: Path) -> Iterator[pa.Table]:
 def read_zip(path: Path) -> Iterator[pa.Table]:
     """Returns column "image" with the bytes of a zip file's pictures, as `read_folder` otherwise.
 
+    A picture whose bytes are damaged has none: whoever opens it finds it damaged.
+
     Args:
         path: a zip file with the folders inside.
 
@@ -64,7 +68,7 @@ def read_zip(path: Path) -> Iterator[pa.Table]:
         Tables.
 
     Raises:
-        DataError: for a damaged zip file.
+        DataError: for a damaged zip file, and one that cannot be unpacked here.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -77,7 +81,7 @@ def read_zip(path: Path) -> Iterator[pa.Table]:
             kinds = _kinds(path, names)
             images, begin, size = [], 0, 0
             for number, name in enumerate(names, start=1):
-                images.append({"bytes": archive.read(name), "path": f"{path}/{name}"})
+                images.append({"bytes": _bytes(archive, name), "path": f"{path}/{name}"})
                 size += len(images[-1]["bytes"])
                 if number == len(names) or size >= BYTES:
                     yield _table(images, names[begin:number], kinds, begin)
@@ -86,6 +90,15 @@ def read_zip(path: Path) -> Iterator[pa.Table]:
         raise DataError(
             f"{path}: got no whole zip file ({error}); copy or download it again"
         ) from error
+    except (RuntimeError, NotImplementedError) as error:  # a password, or a rare compression
+        raise DataError(f"{path}: cannot be unpacked ({error}); unpack it into a folder") from error
+
+
+def _bytes(archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError):
+        return b""
 
 
 def _kinds(source: Path, names: Sequence[str]) -> tuple[int | None, int | None]:

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sma_fast.training.data.errors import DataError
 from sma_fast.training.data.numbers import Moments, floats, is_list
@@ -223,11 +223,15 @@ def _open(data: bytes | None, path: str | None, place: str) -> Image.Image:
     try:
         if data is None and path is None:
             raise OSError("there is none")
+        if data == b"":
+            raise OSError("no bytes, or damaged ones in a zip file")
         with Image.open(path if data is None else io.BytesIO(data)) as picture:
             picture.load()
             return picture
     except Exception as error:  # each of PIL's formats raises its own
+        unknown = isinstance(error, UnidentifiedImageError)  # PIL names an object in memory
+        reason = "no format that is known" if unknown else error
         raise DataError(
-            f"{place}: got no whole picture ({error}); replace the file or take it out, or "
+            f"{place}: got no whole picture ({reason}); replace the file or take it out, or "
             "leave such pictures out with --skip-damaged"
         ) from error
