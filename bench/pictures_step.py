@@ -20,7 +20,7 @@ class Embedded(NamedTuple):
     config: MAEConfig
     known: Tensor  # (B, N, C)
 
-    def embeddings(self, pixels: Tensor, layer: int) -> Tensor:
+    def embeddings(self, pixels: Tensor, layer: int, norm: bool = True) -> Tensor:
         return self.known
 
 

@@ -639,12 +639,8 @@ def bipartition(
     _check.mask("key_padding_mask", key_padding_mask, (batch, tokens), embeddings)
     _check.choice("method", method, ("ncut", "pca"))
     _check.choice("similarity", similarity, ("cosine",))
-    _check.count("iterations", iterations, None)
-    if iterations == 0:
-        raise ValueError("iterations: got 0, allowed is an int of at least 1")
-    _check.number("tol", tol)
-    if not 0 < tol < float("inf"):
-        raise ValueError(f"tol: got {tol}, allowed is a finite number above 0")
+    _check.positive_count("iterations", iterations)
+    _check.positive("tol", tol)
     return Bipartition(*_ops.bipartition(embeddings, key_padding_mask, method, iterations, tol))
 
 

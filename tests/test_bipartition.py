@@ -96,6 +96,10 @@ def test_the_vector_solves_the_problem(backend):
     torch.testing.assert_close(left, right, rtol=0, atol=2e-3)
 
 
+def too_long(tokens: int):
+    return pytest.param(tokens, marks=pytest.mark.not_interpreted)
+
+
 def agreement(found, expected) -> float:
     """Returns the share of patches with the reference's label, where `found` has converged."""
     same = (found.labels == expected.labels)[found.converged]
@@ -160,7 +164,7 @@ def test_what_is_zero_but_for_rounding_is_not_above_it(backend):
     assert_same(found.labels, backend.expected(OP, inputs).labels)
 
 
-@pytest.mark.parametrize("tokens", (12, 300))
+@pytest.mark.parametrize("tokens", (12, too_long(300)))
 def test_padding_may_hold_anything(backend, tokens):
     inputs = cut_inputs(tokens=tokens, padding="scattered")
     plain = call(OP, backend.inputs(inputs))
@@ -213,7 +217,7 @@ def test_real_pictures(backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tokens", (20, 300))
 def test_layouts(backend, layout, tokens):
-    inputs = backend.inputs(cut_inputs(tokens=tokens, padding="scattered"))
+    inputs = backend.inputs(cut_inputs(tokens=tokens, padding="scattered", tol=1e-4))
     inputs, assert_unchanged = guarded(inputs, layout)
     found, expected = call(OP, inputs), backend.expected(OP, inputs)
     assert bool(found.converged.all())

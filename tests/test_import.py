@@ -36,7 +36,7 @@ CONTRACT = {  # parameters of the public functions; after "*" by name only
     "backends": "",
     "show_config": "",
     "bipartition": "embeddings, *, key_padding_mask=None, method='ncut', iterations=64, "
-    "tol=0.0001, similarity='cosine'",
+    "tol=0.0003, similarity='cosine'",
     "informed_scores": "embeddings, bipartition, *, cluster='object', key_padding_mask=None",
 }
 FIELDS = {

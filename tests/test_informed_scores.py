@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sma_fast
+from sma_fast.models.vit_layers import patchify
 from sma_fast.testing import cut_inputs
 
 X, Y = [1.0, 0.0], [0.0, 1.0]
@@ -42,23 +43,28 @@ def test_literal(name):
 
 
 def test_the_object_of_pictures_with_a_known_one():
-    """A disc of another colour than the noisy rest, which takes up to two fifths of the picture."""
+    """A disc of another colour, in noise, on up to three tenths of the picture; patches of pixels."""
     generator = torch.Generator().manual_seed(0)
-    size, batch = 14, 50
-    place = torch.arange(size).float()
-    centre = 3 + 8 * torch.rand(batch, 2, generator=generator)
-    radius = 2 + 3 * torch.rand(batch, generator=generator)
-    away = (place[None, :, None] - centre[:, :1, None]) ** 2
-    away = away + (place[None, None, :] - centre[:, 1:, None]) ** 2
-    disc = (away < radius[:, None, None] ** 2).flatten(1)  # (B, N)
-    colours = torch.randn(batch, 2, 24, generator=generator)
-    x = torch.where(disc[:, :, None], colours[:, :1], colours[:, 1:])
-    x = x + 0.3 * torch.randn(x.shape, generator=generator)
-    cut = sma_fast.bipartition(x)
-    assert float((cut.labels == disc).float().mean()) > 0.97
-    scores = sma_fast.informed_scores(x, cut)
-    masked = sma_fast.select_tokens(scores, num_masked=disc.sum(1)).mask
-    assert float((masked & disc).sum() / disc.sum()) > 0.97
+    batch, size = 100, 56
+
+    def draw(*shape):
+        return torch.rand(batch, *shape, generator=generator)
+
+    place = (torch.arange(size) + 0.5) / size
+    centre, radius = 0.3 + 0.4 * draw(2, 1), 0.15 + 0.15 * draw(1, 1)
+    across, down = ((place - centre[:, i]) ** 2 for i in range(2))
+    disc = across[:, None] + down[:, :, None] < radius**2  # (B, H, W)
+    colour = draw(3, 1, 1)
+    pixels = torch.where(disc[:, None], (colour + 0.5) % 1, colour)
+    pixels = pixels + 0.1 * torch.randn(pixels.shape, generator=generator)
+    pixels = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
+    x = patchify(pixels, 4)  # (B, N, C)
+    known = patchify(disc[:, None].float(), 4).mean(2) > 0.5  # (B, N)
+    scores = sma_fast.informed_scores(x, sma_fast.bipartition(x))
+    masked = sma_fast.select_tokens(scores, num_masked=known.sum(1)).mask
+    found = (masked & known).sum(1) / known.sum(1)
+    assert float(found.mean()) > 0.9
+    assert float((found > 0.8).float().mean()) > 0.9  # the rest took the other side
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
