@@ -9,36 +9,40 @@ namespace cuda {
 
 constexpr int kVectors = 4;
 constexpr unsigned kThreads = kSlabThreads, kWarps = kThreads / kWarp;
-constexpr int kMostFeatures = kWords * 8;
 constexpr int kMostSums = 10;
 constexpr float kNothing = 1e-6f;  // eigenvalues up to here count as 0
 
 struct CutShared {
-  float4 parts[kWarps][kMostFeatures];  // of x^T v, from each warp's rows
-  float4 along[kMostFeatures];          // x^T v
   double sums[2][kWarps * kMostSums];
   double turn[kVectors][kVectors], values[kVectors];
   unsigned counts[kWarps];
 };
 
-// What stands behind it in shared memory, for each token: two times four floats, three, an index.
-constexpr int64_t kTokenBytes = 2 * sizeof(float4) + 3 * sizeof(float) + sizeof(int);
-__host__ __device__ inline int64_t bytes_of(int64_t tokens, int buffers) {
-  const int64_t fixed = sizeof(CutShared) + (tokens * kTokenBytes + 15) / 16 * 16;
-  return fixed + buffers * tokens * kPitch;
-}
+// Where all stands in the shared memory of a block, which takes `slabs` of a sample at once.
+struct CutMemory {
+  int64_t shares, floats, along, slabs, bytes;
+
+  // blocks: of the cluster. features: of a slab. places: for slabs in shared memory.
+  __host__ __device__ CutMemory(int64_t tokens, unsigned blocks, int features, int64_t at_once,
+                                int64_t places) {
+    shares = sizeof(CutShared) + 2 * tokens * sizeof(float4);
+    floats = shares + (blocks > 1 ? 2 : 0) * tokens * sizeof(float4);
+    along = floats + (tokens * (3 * sizeof(float) + sizeof(int)) + 15) / 16 * 16;
+    slabs = along + at_once * features * sizeof(float4);
+    bytes = slabs + places * tokens * kPitch;
+  }
+};
 
 class CutVectors {
  protected:
-  __device__ CutVectors(char* shared, int64_t tokens)
+  __device__ CutVectors(char* shared, int64_t tokens, const CutMemory& memory)
       : s(*reinterpret_cast<CutShared*>(shared)),
         vectors(reinterpret_cast<float4*>(shared + sizeof(CutShared))),
         products(vectors + tokens),
-        root(reinterpret_cast<float*>(products + tokens)),
+        root(reinterpret_cast<float*>(shared + memory.floats)),
         factor(root + tokens),
         trivial(factor + tokens),
-        index(reinterpret_cast<int*>(trivial + tokens)),
-        rest(shared + bytes_of(tokens, 0)) {}
+        index(reinterpret_cast<int*>(trivial + tokens)) {}
 
   CutShared& s;
   float4* const vectors;   // of each valid token, one float of each vector
@@ -47,8 +51,7 @@ class CutVectors {
   float* const factor;     // that, over the row's length; 0 for a zero row
   float* const trivial;    // the first eigenvector
   int* const index;        // of the valid tokens
-  char* const rest;
-  unsigned n = 0;  // valid tokens
+  unsigned n = 0;          // valid tokens
 
   static __device__ float* part(float4* x, int j) { return reinterpret_cast<float*>(x) + j; }
 
@@ -104,7 +107,7 @@ class CutVectors {
 
   // Makes vector j orthogonal to the trivial one and to those before it, and of length 1; noise
   // takes its place where nothing is left.
-  __device__ void make_orthogonal(int j, unsigned round) {
+  __device__ void gram_schmidt(int j, unsigned round) {
 #pragma unroll 1
     for (bool again = false;; again = true) {
       float before = 0, squares = 0;
@@ -145,7 +148,7 @@ class CutVectors {
   }
 
   // Turns the vectors to the eigenvectors between them; says whether the first is near enough.
-  __device__ bool turn_to_eigenvectors(int size, double tol) {
+  __device__ bool rayleigh_ritz(int size, double tol) {
     double sums[kVectors * (kVectors + 1) / 2] = {};
     for (unsigned i = threadIdx.x; i < n; i += kThreads) {
       const float *v = part(vectors + i, 0), *y = part(products + i, 0);
