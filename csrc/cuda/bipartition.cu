@@ -34,7 +34,7 @@ class Cut : CutMatrix<T, kStay> {
       for (int j = 0; j < size; ++j) this->start(j, 0);
       for (int j = 0; j < size; ++j) this->gram_schmidt(j, 0);
       for (int64_t i = 0; i < a.iterations && !converged; ++i) {
-        if (i > 0) {
+        if (i > 0 && !this->orthogonal_products(size)) {
           for (unsigned k = threadIdx.x; k < n; k += kThreads) vectors[k] = products[k];
           for (int j = 0; j < size; ++j) this->gram_schmidt(j, static_cast<unsigned>(i));
         }
@@ -50,7 +50,7 @@ class Cut : CutMatrix<T, kStay> {
 
  private:
   using Base = CutMatrix<T, kStay>;
-  using Base::a, Base::b, Base::slabs, Base::s, Base::n;
+  using Base::a, Base::b, Base::slabs, Base::s, Base::of, Base::n;
   using Base::vectors, Base::products, Base::root, Base::index;
 
   __device__ void list_valid() {
@@ -78,17 +78,17 @@ class Cut : CutMatrix<T, kStay> {
     // sizes are in the order of their bits
     most = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(most)));
     __syncthreads();
-    if (lane() == 0) s.counts[warp()] = __float_as_uint(most);
+    if (lane() == 0) of.counts[warp()] = __float_as_uint(most);
     this->add_up(squares);
-    for (unsigned w = 0; w < kWarps; ++w) most = fmaxf(most, __uint_as_float(s.counts[w]));
+    for (unsigned w = 0; w < kWarps; ++w) most = fmaxf(most, __uint_as_float(of.counts[w]));
     unsigned first = n;  // of the large entries
     for (unsigned i = threadIdx.x; i < n && first == n; i += kThreads)
       if (fabsf(vectors[i].x) >= (1 - kSignTie) * most) first = i;
     first = __reduce_min_sync(kAllLanes, first);
     __syncthreads();
-    if (lane() == 0) s.counts[warp()] = first;
+    if (lane() == 0) of.counts[warp()] = first;
     __syncthreads();
-    for (unsigned w = 0; w < kWarps; ++w) first = min(first, s.counts[w]);
+    for (unsigned w = 0; w < kWarps; ++w) first = min(first, of.counts[w]);
     float scale = squares[0] > 0 ? 1 / sqrtf(squares[0]) : 0.0f;
     most *= scale;
     if (first < n && vectors[first].x < 0) scale = -scale;

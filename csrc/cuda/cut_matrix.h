@@ -137,7 +137,7 @@ class CutMatrix : protected CutVectors {
 
   const unsigned blocks;  // of the cluster
   float4* const along;    // x^T v
-  float4* const shares;   // this block's of two sums over the cluster, where it has other blocks
+  float4* const shares;   // this block's parts of two sums over the cluster, where it has others
   int shares_at = 0;      // which of them is next
 
   __device__ CutMatrix(const BipartitionArgs& args, int places, char* shared,
@@ -150,8 +150,8 @@ class CutMatrix : protected CutVectors {
         along(reinterpret_cast<float4*>(shared + memory.along)),
         shares(reinterpret_cast<float4*>(shared + memory.shares)) {}
 
-  // A sum over the cluster: all blocks put theirs into share(), and can read each other's from
-  // sync_shares() until the second next one, which none passes before all have read these.
+  // A sum over the cluster: each block writes its part to share(), and reads those of all between
+  // sync_shares() and the next one. Behind that one share() is this place again: all have read it.
   __device__ float4* share() const { return blocks > 1 ? shares + shares_at * a.tokens : products; }
   __device__ void sync_shares() {
     if (blocks > 1) cluster_sync();
@@ -215,39 +215,11 @@ class CutMatrix : protected CutVectors {
             sum[k * kVectors + 3] += x[k] * v[r].w;
           }
         }
-        float* const to = part(along + (slab * kWords + word) * kEach, 0);
-        store_sum(sum, to, first == lane());
+        const float own = sum_of_lanes(sum);
+        constexpr unsigned kEqual = kWarp / (kEach * kVectors);  // lanes, which hold the same sum
+        float* const to = part(along + (slab * kWords + word) * kEach, 0) + lane() / kEqual;
+        if (lane() % kEqual == 0) *to = first == lane() ? own : *to + own;
       }
-    }
-  }
-
-  // to[k] = the sum of sum[k] over the lanes; or adds it.
-  static __device__ void store_sum(float (&sum)[32], float* to, bool set) {
-    float half[16];
-    fold(sum, half, 16);
-    fold_sixteen(half, to + (lane() & 16), set, 8);
-  }
-  static __device__ void store_sum(float (&sum)[16], float* to, bool set) {
-    fold_sixteen(sum, to, set, 16);
-  }
-  static __device__ void fold_sixteen(float (&sum)[16], float* to, bool set, int bit) {
-    float eight[8], four[4], two[2], one[1];
-    fold(sum, eight, bit);
-    fold(eight, four, bit / 2);
-    fold(four, two, bit / 4);
-    fold(two, one, bit / 8);
-    if (bit == 16) one[0] += __shfl_xor_sync(kAllLanes, one[0], 1);
-    const unsigned at = bit == 16 ? lane() / 2 : lane() % 16;
-    if (bit == 8 || lane() % 2 == 0) to[at] = set ? one[0] : to[at] + one[0];
-  }
-  // The lanes that `bit` is set in keep the upper half, and their neighbours the lower one.
-  template <int kCount>
-  static __device__ void fold(const float (&from)[2 * kCount], float (&to)[kCount], int bit) {
-    const bool upper = lane() & bit;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float sent = upper ? from[i] : from[kCount + i];
-      to[i] = (upper ? from[kCount + i] : from[i]) + __shfl_xor_sync(kAllLanes, sent, bit);
     }
   }
 

@@ -1,28 +1,27 @@
 // The four vectors of a sample that bipartition cuts, in shared memory: made orthogonal, and turned
 // to the eigenvectors between them, by all threads of a block together.
 #pragma once
-#include "../small_eigen.h"
-#include "slabs.h"
+#include "cut_sums.h"
+#include "ritz.h"
 
 namespace sma {
 namespace cuda {
 
-constexpr int kVectors = 4;
-constexpr unsigned kThreads = kSlabThreads, kWarps = kThreads / kWarp;
-constexpr int kMostSums = 10;
 constexpr float kNothing = 1e-6f;  // eigenvalues up to here count as 0
+constexpr float kEnough = 0.1f;    // of a vector's square, left beside those before it
 
 struct CutShared {
-  double sums[2][kWarps * kMostSums];
   double turn[kVectors][kVectors], values[kVectors];
-  unsigned counts[kWarps];
+  SumsShared sums;
 };
+static_assert(sizeof(CutShared) % sizeof(float4) == 0);
 
-// Where all stands in the shared memory of a block, which takes `slabs` of a sample at once.
+// Where all stands in the shared memory of a block, behind CutShared.
 struct CutMemory {
   int64_t shares, floats, along, slabs, bytes;
 
-  // blocks: of the cluster. features: of a slab. places: for slabs in shared memory.
+  // blocks: of the cluster. features: of a slab. at_once: slabs that a product takes together.
+  // places: for slabs.
   __host__ __device__ CutMemory(int64_t tokens, unsigned blocks, int features, int64_t at_once,
                                 int64_t places) {
     shares = sizeof(CutShared) + 2 * tokens * sizeof(float4);
@@ -33,10 +32,11 @@ struct CutMemory {
   }
 };
 
-class CutVectors {
+class CutVectors : protected BlockSums {
  protected:
   __device__ CutVectors(char* shared, int64_t tokens, const CutMemory& memory)
-      : s(*reinterpret_cast<CutShared*>(shared)),
+      : BlockSums(&reinterpret_cast<CutShared*>(shared)->sums),
+        s(*reinterpret_cast<CutShared*>(shared)),
         vectors(reinterpret_cast<float4*>(shared + sizeof(CutShared))),
         products(vectors + tokens),
         root(reinterpret_cast<float*>(shared + memory.floats)),
@@ -54,43 +54,6 @@ class CutVectors {
   unsigned n = 0;          // valid tokens
 
   static __device__ float* part(float4* x, int j) { return reinterpret_cast<float*>(x) + j; }
-
-  // How many of the block's threads before this one say yes; and of all of them.
-  __device__ unsigned before_me(bool yes, unsigned* all) {
-    const unsigned votes = __ballot_sync(kAllLanes, yes);
-    __syncthreads();
-    if (lane() == 0) s.counts[warp()] = __popc(votes);
-    __syncthreads();
-    unsigned before = __popc(votes & ((1u << lane()) - 1));
-    *all = 0;
-    for (unsigned w = 0; w < kWarps; ++w) {
-      before += w < warp() ? s.counts[w] : 0;
-      *all += s.counts[w];
-    }
-    return before;
-  }
-
-  // Sums of the block, the same bits in all threads.
-  template <int kCount, class Sum>
-  __device__ void add_up(Sum (&x)[kCount]) {
-    static_assert(kCount <= kMostSums);
-    Sum* const of_warps = reinterpret_cast<Sum*>(s.sums[sums_at]);
-    sums_at ^= 1;  // what is read now is written again behind the next barrier
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2)
-        x[k] += __shfl_xor_sync(kAllLanes, x[k], step);
-      if (lane() == 0) of_warps[warp() * kCount + k] = x[k];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      x[k] = 0;
-#pragma unroll
-      for (unsigned w = 0; w < kWarps; ++w) x[k] += of_warps[w * kCount + k];
-    }
-  }
 
   // Each thread reads and writes its own tokens only in what follows.
 
@@ -147,6 +110,60 @@ class CutVectors {
     }
   }
 
+  // vectors = products, made orthogonal to the trivial one and to each other all at once: by the
+  // triangle that their products with each other are the square of. False where so little is left
+  // of one that this is not exact, and products are as they were; vectors are lost.
+  __device__ bool orthogonal_products(int size) {
+    float dots[kVectors * (kVectors + 1) / 2 + kVectors] = {};
+    constexpr int kTrivial = kVectors * (kVectors + 1) / 2;  // where those with the trivial one are
+    for (unsigned i = threadIdx.x; i < n; i += kThreads) {
+      const float4 y = products[i];
+      const float each[kVectors] = {y.x, y.y, y.z, y.w};
+      int at = 0;
+#pragma unroll
+      for (int p = 0; p < kVectors; ++p) {
+#pragma unroll
+        for (int q = 0; q <= p; ++q) dots[at++] += each[p] * each[q];
+        dots[kTrivial + p] += each[p] * trivial[i];
+      }
+    }
+    add_up(dots);
+    float triangle[kVectors][kVectors], scale[kVectors];
+    bool exact = true;
+    int at = 0;
+#pragma unroll
+    for (int p = 0; p < kVectors; ++p) {
+#pragma unroll
+      for (int q = 0; q <= p; ++q) {
+        float left = dots[at] - dots[kTrivial + p] * dots[kTrivial + q];
+#pragma unroll
+        for (int k = 0; k < q; ++k) left -= triangle[p][k] * triangle[q][k];
+        if (q < p) {
+          triangle[p][q] = left * scale[q];
+        } else {
+          const bool enough = left > kEnough * dots[at] && left > 1e-24f;
+          exact &= enough || p >= size;
+          scale[p] = enough ? rsqrtf(left) : 0.0f;
+        }
+        ++at;
+      }
+    }
+    if (!exact) return false;
+    for (unsigned i = threadIdx.x; i < n; i += kThreads) {
+      const float4 y = products[i];
+      float v[kVectors] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int p = 0; p < kVectors; ++p) {
+        v[p] -= dots[kTrivial + p] * trivial[i];
+#pragma unroll
+        for (int k = 0; k < p; ++k) v[p] -= triangle[p][k] * v[k];
+        v[p] *= scale[p];
+      }
+      vectors[i] = float4{v[0], v[1], v[2], v[3]};
+    }
+    return true;
+  }
+
   // Turns the vectors to the eigenvectors between them; says whether the first is near enough.
   __device__ bool rayleigh_ritz(int size, double tol) {
     double sums[kVectors * (kVectors + 1) / 2] = {};
@@ -161,16 +178,7 @@ class CutVectors {
       }
     }
     add_up(sums);
-    if (threadIdx.x == 0) {
-      double m[kVectors][kVectors];
-      int at = 0;
-#pragma unroll
-      for (int p = 0; p < kVectors; ++p) {
-#pragma unroll
-        for (int q = p; q < kVectors; ++q) m[p][q] = m[q][p] = sums[at++];
-      }
-      small_eigen(m, size, s.values, s.turn);
-    }
+    if (threadIdx.x == 0) Ritz(sums).solve(size, s.values, s.turn);
     __syncthreads();
     double errors[2] = {};  // of the first and the second
     for (unsigned i = threadIdx.x; i < n; i += kThreads) {
@@ -194,9 +202,6 @@ class CutVectors {
     const double second = size > 1 ? s.values[1] + sqrt(errors[1]) : 0;
     return s.values[0] > kNothing && sqrt(errors[0]) <= tol * (s.values[0] - second);
   }
-
- private:
-  int sums_at = 0;  // which of s.sums is next
 };
 
 }  // namespace cuda
