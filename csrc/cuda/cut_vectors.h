@@ -1,44 +1,48 @@
 // The four vectors of a sample that bipartition cuts, in shared memory: made orthogonal, and turned
 // to the eigenvectors between them, by all threads of a block together.
 #pragma once
-#include "../small_eigen.h"
-#include "slabs.h"
+#include "cut_sums.h"
+#include "ritz.h"
 
 namespace sma {
 namespace cuda {
 
-constexpr int kVectors = 4;
-constexpr unsigned kThreads = kSlabThreads, kWarps = kThreads / kWarp;
-constexpr int kMostFeatures = kWords * 8;
-constexpr int kMostSums = 10;
 constexpr float kNothing = 1e-6f;  // eigenvalues up to here count as 0
+constexpr float kEnough = 0.1f;    // of a vector's square, left beside those before it
 
 struct CutShared {
-  float4 parts[kWarps][kMostFeatures];  // of x^T v, from each warp's rows
-  float4 along[kMostFeatures];          // x^T v
-  double sums[2][kWarps * kMostSums];
   double turn[kVectors][kVectors], values[kVectors];
-  unsigned counts[kWarps];
+  SumsShared sums;
+};
+static_assert(sizeof(CutShared) % sizeof(float4) == 0);
+
+// Where all stands in the shared memory of a block, behind CutShared.
+struct CutMemory {
+  int64_t shares, floats, along, slabs, bytes;
+
+  // blocks: of the cluster. features: of a slab. at_once: slabs that a product takes together.
+  // places: for slabs.
+  __host__ __device__ CutMemory(int64_t tokens, unsigned blocks, int features, int64_t at_once,
+                                int64_t places) {
+    shares = sizeof(CutShared) + 2 * tokens * sizeof(float4);
+    floats = shares + (blocks > 1 ? 2 : 0) * tokens * sizeof(float4);
+    along = floats + (tokens * (3 * sizeof(float) + sizeof(int)) + 15) / 16 * 16;
+    slabs = along + at_once * features * sizeof(float4);
+    bytes = slabs + places * tokens * kPitch;
+  }
 };
 
-// What stands behind it in shared memory, for each token: two times four floats, three, an index.
-constexpr int64_t kTokenBytes = 2 * sizeof(float4) + 3 * sizeof(float) + sizeof(int);
-__host__ __device__ inline int64_t bytes_of(int64_t tokens, int buffers) {
-  const int64_t fixed = sizeof(CutShared) + (tokens * kTokenBytes + 15) / 16 * 16;
-  return fixed + buffers * tokens * kPitch;
-}
-
-class CutVectors {
+class CutVectors : protected BlockSums {
  protected:
-  __device__ CutVectors(char* shared, int64_t tokens)
-      : s(*reinterpret_cast<CutShared*>(shared)),
+  __device__ CutVectors(char* shared, int64_t tokens, const CutMemory& memory)
+      : BlockSums(&reinterpret_cast<CutShared*>(shared)->sums),
+        s(*reinterpret_cast<CutShared*>(shared)),
         vectors(reinterpret_cast<float4*>(shared + sizeof(CutShared))),
         products(vectors + tokens),
-        root(reinterpret_cast<float*>(products + tokens)),
+        root(reinterpret_cast<float*>(shared + memory.floats)),
         factor(root + tokens),
         trivial(factor + tokens),
-        index(reinterpret_cast<int*>(trivial + tokens)),
-        rest(shared + bytes_of(tokens, 0)) {}
+        index(reinterpret_cast<int*>(trivial + tokens)) {}
 
   CutShared& s;
   float4* const vectors;   // of each valid token, one float of each vector
@@ -47,47 +51,9 @@ class CutVectors {
   float* const factor;     // that, over the row's length; 0 for a zero row
   float* const trivial;    // the first eigenvector
   int* const index;        // of the valid tokens
-  char* const rest;
-  unsigned n = 0;  // valid tokens
+  unsigned n = 0;          // valid tokens
 
   static __device__ float* part(float4* x, int j) { return reinterpret_cast<float*>(x) + j; }
-
-  // How many of the block's threads before this one say yes; and of all of them.
-  __device__ unsigned before_me(bool yes, unsigned* all) {
-    const unsigned votes = __ballot_sync(kAllLanes, yes);
-    __syncthreads();
-    if (lane() == 0) s.counts[warp()] = __popc(votes);
-    __syncthreads();
-    unsigned before = __popc(votes & ((1u << lane()) - 1));
-    *all = 0;
-    for (unsigned w = 0; w < kWarps; ++w) {
-      before += w < warp() ? s.counts[w] : 0;
-      *all += s.counts[w];
-    }
-    return before;
-  }
-
-  // Sums of the block, the same bits in all threads.
-  template <int kCount, class Sum>
-  __device__ void add_up(Sum (&x)[kCount]) {
-    static_assert(kCount <= kMostSums);
-    Sum* const of_warps = reinterpret_cast<Sum*>(s.sums[sums_at]);
-    sums_at ^= 1;  // what is read now is written again behind the next barrier
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2)
-        x[k] += __shfl_xor_sync(kAllLanes, x[k], step);
-      if (lane() == 0) of_warps[warp() * kCount + k] = x[k];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      x[k] = 0;
-#pragma unroll
-      for (unsigned w = 0; w < kWarps; ++w) x[k] += of_warps[w * kCount + k];
-    }
-  }
 
   // Each thread reads and writes its own tokens only in what follows.
 
@@ -104,7 +70,7 @@ class CutVectors {
 
   // Makes vector j orthogonal to the trivial one and to those before it, and of length 1; noise
   // takes its place where nothing is left.
-  __device__ void make_orthogonal(int j, unsigned round) {
+  __device__ void gram_schmidt(int j, unsigned round) {
 #pragma unroll 1
     for (bool again = false;; again = true) {
       float before = 0, squares = 0;
@@ -144,8 +110,62 @@ class CutVectors {
     }
   }
 
+  // vectors = products, made orthogonal to the trivial one and to each other all at once: by the
+  // triangle that their products with each other are the square of. False where so little is left
+  // of one that this is not exact, and products are as they were; vectors are lost.
+  __device__ bool orthogonal_products(int size) {
+    float dots[kVectors * (kVectors + 1) / 2 + kVectors] = {};
+    constexpr int kTrivial = kVectors * (kVectors + 1) / 2;  // where those with the trivial one are
+    for (unsigned i = threadIdx.x; i < n; i += kThreads) {
+      const float4 y = products[i];
+      const float each[kVectors] = {y.x, y.y, y.z, y.w};
+      int at = 0;
+#pragma unroll
+      for (int p = 0; p < kVectors; ++p) {
+#pragma unroll
+        for (int q = 0; q <= p; ++q) dots[at++] += each[p] * each[q];
+        dots[kTrivial + p] += each[p] * trivial[i];
+      }
+    }
+    add_up(dots);
+    float triangle[kVectors][kVectors], scale[kVectors];
+    bool exact = true;
+    int at = 0;
+#pragma unroll
+    for (int p = 0; p < kVectors; ++p) {
+#pragma unroll
+      for (int q = 0; q <= p; ++q) {
+        float left = dots[at] - dots[kTrivial + p] * dots[kTrivial + q];
+#pragma unroll
+        for (int k = 0; k < q; ++k) left -= triangle[p][k] * triangle[q][k];
+        if (q < p) {
+          triangle[p][q] = left * scale[q];
+        } else {
+          const bool enough = left > kEnough * dots[at] && left > 1e-24f;
+          exact &= enough || p >= size;
+          scale[p] = enough ? rsqrtf(left) : 0.0f;
+        }
+        ++at;
+      }
+    }
+    if (!exact) return false;
+    for (unsigned i = threadIdx.x; i < n; i += kThreads) {
+      const float4 y = products[i];
+      float v[kVectors] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int p = 0; p < kVectors; ++p) {
+        v[p] -= dots[kTrivial + p] * trivial[i];
+#pragma unroll
+        for (int k = 0; k < p; ++k) v[p] -= triangle[p][k] * v[k];
+        v[p] *= scale[p];
+      }
+      vectors[i] = float4{v[0], v[1], v[2], v[3]};
+    }
+    return true;
+  }
+
   // Turns the vectors to the eigenvectors between them; says whether the first is near enough.
-  __device__ bool turn_to_eigenvectors(int size, double tol) {
+  __device__ bool rayleigh_ritz(int size, double tol) {
     double sums[kVectors * (kVectors + 1) / 2] = {};
     for (unsigned i = threadIdx.x; i < n; i += kThreads) {
       const float *v = part(vectors + i, 0), *y = part(products + i, 0);
@@ -158,16 +178,7 @@ class CutVectors {
       }
     }
     add_up(sums);
-    if (threadIdx.x == 0) {
-      double m[kVectors][kVectors];
-      int at = 0;
-#pragma unroll
-      for (int p = 0; p < kVectors; ++p) {
-#pragma unroll
-        for (int q = p; q < kVectors; ++q) m[p][q] = m[q][p] = sums[at++];
-      }
-      small_eigen(m, size, s.values, s.turn);
-    }
+    if (threadIdx.x == 0) Ritz(sums).solve(size, s.values, s.turn);
     __syncthreads();
     double errors[2] = {};  // of the first and the second
     for (unsigned i = threadIdx.x; i < n; i += kThreads) {
@@ -191,9 +202,6 @@ class CutVectors {
     const double second = size > 1 ? s.values[1] + sqrt(errors[1]) : 0;
     return s.values[0] > kNothing && sqrt(errors[0]) <= tol * (s.values[0] - second);
   }
-
- private:
-  int sums_at = 0;  // which of s.sums is next
 };
 
 }  // namespace cuda
