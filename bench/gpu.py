@@ -11,6 +11,7 @@ Ends with status 1 where a stage failed.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -132,4 +133,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes it started, too
     sys.exit(main())

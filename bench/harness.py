@@ -178,12 +178,14 @@ def measure(benchmark: Any, settings: Settings, case: Case) -> None:
     for variant in rest[:]:
         try:
             _check(variant, case, settings)
-        except torch.OutOfMemoryError:
-            if variant.ours:
-                raise
+        except AssertionError:  # a wrong answer is an error, one that cannot be had is not
+            raise
+        except Exception as error:
             rest.remove(variant)
-            skipped[variant.name] = "out of memory"
-            torch.cuda.empty_cache()
+            memory_ran_out = isinstance(error, torch.OutOfMemoryError)
+            skipped[variant.name] = "out of memory" if memory_ran_out else _first_line(error)
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()
     if benchmark.disabled:
         benchmark.pedantic(case.ours)
         return
@@ -216,6 +218,10 @@ def measure(benchmark: Any, settings: Settings, case: Case) -> None:
         ours.seconds = list(benchmark.stats.stats.data)
     result = _result(case, settings, backend, ours, rest, skipped)
     benchmark.extra_info.update(result, extra_bytes=extra_bytes)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _tidy_memory() -> None:

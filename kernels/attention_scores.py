@@ -265,7 +265,9 @@ def launch(
     scores = torch.empty(shape, dtype=torch.float32, device=key.device)
     chosen = setting("attention_scores", key.device, tokens)
     block = power_of_2(tokens)
-    fits = block * block_width * key.element_size() <= chosen["most_bytes"]
+    # the tensor cores take a float32 as two numbers, which lie in shared memory side by side
+    size = 8 if key.dtype == torch.float32 else key.element_size()
+    fits = block * block_width * size <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
         if block <= longest("attention_scores", key.device) and fits:
             _at_once(scores, apart, factor, heads, common, kinds, block, chosen)

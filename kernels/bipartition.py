@@ -13,7 +13,7 @@ from torch import Tensor
 from .selection import fill_ids, rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TOKENS = 4096  # in a block, at most
+_TOKENS = 2048  # in a block, at most: more do not fit in registers
 _BYTES = 64  # of a chunk, in a thread's registers
 _NOTHING = tl.constexpr(1e-6)  # eigenvalues up to here count as 0
 

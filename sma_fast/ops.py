@@ -611,7 +611,7 @@ def bipartition(
         embeddings: (B, N, C), N at least 1, float32, bfloat16, float16 or float64; finite where
             there is no padding. The reference, which float64 goes to, solves the whole problem: it
             needs no `iterations`, and `converged` says that the next eigenvalue is another one. N
-            is at most 4096 on backend triton, and on cuda what shared memory holds (more than
+            is at most 2048 on backend triton, and on cuda what shared memory holds (more than
             3000). On a GPU a sample that is not finite is not cut; SMA_FAST_CHECK=1 raises.
         key_padding_mask: (B, N) bool, True = padding.
         method: "ncut" or "pca".

@@ -49,7 +49,7 @@ MISSING_TO_TRAIN = [
 ]
 if MISSING_TO_TRAIN:
     collect_ignore_glob = [
-        *("test_data_*.py", "test_training.py", "test_run.py", "test_show.py", "test_cli.py"),
+        *("test_data_*.py", "test_training*.py", "test_run.py", "test_show.py", "test_cli.py"),
         *("test_checkpoints.py", "test_demo.py", "test_science.py", "test_pictures.py"),
     ]
 
@@ -291,7 +291,7 @@ def backend(
     _dispatch._choose.cache_clear()
     if chosen.emulated:
         emulation.use(monkeypatch)
-    if chosen.backend == "cuda":  # index values are looked at there only then
+    if "cuda" in (chosen.backend, chosen.device):  # index values are looked at there only then
         monkeypatch.setenv("SMA_FAST_CHECK", "1")
     before = _native.set_cpu_isa(chosen.isa) if chosen.isa else None
     native_calls = _native.calls.copy()

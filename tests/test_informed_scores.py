@@ -43,7 +43,7 @@ def test_literal(name):
 
 
 def test_the_object_of_pictures_with_a_known_one():
-    """A disc of another colour, in noise, on up to three tenths of the picture; patches of pixels."""
+    """A disc of another colour on up to three tenths of a noisy picture; patches of pixels."""
     generator = torch.Generator().manual_seed(0)
     batch, size = 100, 56
 

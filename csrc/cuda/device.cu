@@ -66,7 +66,7 @@ std::string error_text(int error) {
            "reference";
   if (error == kTooManyTokens)
     return "the tokens of a sample are too many for this GPU's shared memory. Use the backend "
-           "reference, or triton where a sample has at most 4096 tokens";
+           "reference, or triton where a sample has at most 2048 tokens";
   const auto code = static_cast<cudaError_t>(error);
   std::string text = cudaGetErrorString(code);
   if (code == cudaErrorNoKernelImageForDevice)
