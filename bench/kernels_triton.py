@@ -153,7 +153,7 @@ def _cases() -> dict[str, list[tuple]]:
             (query, key, index, none, none, 0.125, "mean"),
             (query.float(), key.float(), index, none, padding, 0.125, "mean"),
             (self_query, self_query, index, heads, padding[:, :512], 0.125, "mean"),
-            (empty(2, 8, 512, 32), empty(2, 8, 512, 32), index, none, none, 0.125, "mean"),
+            (empty(2, 8, 128, 32), empty(2, 8, 128, 32), index, none, none, 0.125, "mean"),
             (wide, wide, none, none, none, 0.125, "mean"),
         ],
         "aggregate_attention": [

@@ -265,8 +265,8 @@ def launch(
     scores = torch.empty(shape, dtype=torch.float32, device=key.device)
     chosen = setting("attention_scores", key.device, tokens)
     block = power_of_2(tokens)
-    # the tensor cores take a float32 as two numbers, which lie in shared memory side by side
-    size = 8 if key.dtype == torch.float32 else key.element_size()
+    # the tensor cores take a float32 as two numbers, in more shared memory and registers
+    size = 32 if key.dtype == torch.float32 else key.element_size()
     fits = block * block_width * size <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
         if block <= longest("attention_scores", key.device) and fits:
