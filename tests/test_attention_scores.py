@@ -39,6 +39,7 @@ ONE, OFF, TWO = [1.0], [0.0], [2.0]  # queries of width 1: as they are, all equa
 # query (H, M, D), key (H_kv, N, D), options, answer; lists among the options are index rows
 LITERALS = {
     "one query": ([[ONE]], [logs(1, 3)], {}, [0.25, 0.75]),
+    "an infinite key": ([[[-1.0]]], [[[math.inf], *logs(3, 1)]], {}, [0.0, 0.25, 0.75]),
     "the sum of two queries": ([[ONE, OFF]], [logs(1, 3)], {}, [0.75, 1.25]),
     "query 1": ([[ONE, OFF]], [logs(1, 3)], {"query_index": [1]}, [0.5, 0.5]),
     "one query twice": ([[ONE, OFF]], [logs(1, 3)], {"query_index": [0, 0]}, [0.5, 1.5]),

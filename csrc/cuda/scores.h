@@ -159,6 +159,7 @@ class Scorer {
 
   // Adds the exponentials of a half of the rows, with their row's weight, to the columns.
   __device__ void add(const Logits& e, int half, float weight) {
+    if (weight == 0.0f) return;  // a row that is none: zeros times an infinite key are NaN
     for_each_group([&](int first) {
 #pragma unroll
       for (int i = first; i < first + kTileGroup; ++i)
@@ -273,13 +274,14 @@ class Scorer {
   static __device__ void multiply(const uint32_t (&q)[4], uint32_t k0, uint32_t k1,
                                   float (&logit)[4]) {
     if constexpr (kWide) {
-      uint32_t high[4], rest[4], high0, rest0, high1, rest1;
+      uint32_t high[4], finite[4], rest[4], rest0, rest1;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) split(q[j], &high[j], &rest[j]);
-      split(k0, &high0, &rest0);
-      split(k1, &high1, &rest1);
-      mma_tf32(logit, high, rest0, rest1);
-      mma_tf32(logit, rest, high0, high1);
+      for (int j = 0; j < 4; ++j) split(q[j], &high[j], &finite[j], &rest[j]);
+      uint32_t high0, high1, finite0, finite1;
+      split(k0, &high0, &finite0, &rest0);
+      split(k1, &high1, &finite1, &rest1);
+      mma_tf32(logit, finite, rest0, rest1);
+      mma_tf32(logit, rest, finite0, finite1);
       mma_tf32(logit, high, high0, high1);
     } else if constexpr (kType == kBFloat16) {
       mma_bf16(logit, q, k0, k1);
@@ -288,11 +290,13 @@ class Scorer {
     }
   }
 
-  // A float32 as the sum of two numbers of the tensor cores.
-  static __device__ void split(uint32_t bits, uint32_t* high, uint32_t* rest) {
+  // A float32 as the sum of two numbers of the tensor cores. The smaller one is multiplied with
+  // `finite`: with infinity, 0 would give NaN.
+  static __device__ void split(uint32_t bits, uint32_t* high, uint32_t* finite, uint32_t* rest) {
     const float x = __uint_as_float(bits);
     *high = to_tf32(x);
-    *rest = fabsf(x) < kInfinity ? to_tf32(x - __uint_as_float(*high)) : 0;
+    *finite = fabsf(x) < kInfinity ? *high : 0;
+    *rest = to_tf32(fabsf(x) < kInfinity ? x - __uint_as_float(*high) : 0.0f);
   }
 };
 
