@@ -163,13 +163,17 @@ def tokens(shape: Shape, device: str, dtype: torch.dtype) -> Tensor:
 
 
 def embeddings(shape: Shape, device: str, dtype: torch.dtype) -> Tensor:
-    """Returns embeddings in two clusters, a third of the patches in the first, (B, N, C)."""
+    """Returns embeddings of falling weight along random directions, (B, N, C).
+
+    Their cut takes 12 to 32 products; on real pictures those of a trained model take 4 to 24.
+    """
     draw = torch.Generator(device).manual_seed(5)
-    size = (shape.batch, shape.tokens, shape.width)
-    noise = torch.randn(size, device=device, generator=draw)
-    centres = torch.randn((shape.batch, 2, shape.width), device=device, generator=draw)
-    member = torch.rand(size[:2], device=device, generator=draw) < 1 / 3
-    return (torch.where(member[:, :, None], centres[:, :1], centres[:, 1:]) + noise).to(dtype)
+    rank = min(64, shape.width)
+    size = (shape.batch, shape.tokens, rank)
+    along = torch.randn(size, device=device, generator=draw)
+    directions = torch.randn((shape.batch, rank, shape.width), device=device, generator=draw)
+    weight = 0.92 ** torch.arange(rank, device=device)
+    return ((along * weight) @ directions / rank**0.5).to(dtype)
 
 
 def scores(shape: Shape, device: str) -> Tensor:
