@@ -18,6 +18,7 @@ constexpr int64_t kStoredTokens = 256;
 constexpr int kDirectTokens = 8;  // the matrix pays after an iteration for each so many tokens
 constexpr int kVectors = 4;
 constexpr int kRowsAtOnce = 4;
+constexpr double kFarBelow = 0.8;  // of the second eigenvalue, that a polynomial tells from it
 constexpr float kNothing = 1e-6f;  // eigenvalues up to here count as 0
 constexpr float kSignTie = 1e-3f;  // entries within this share of the largest count as large,
 constexpr float kZero = 1e-4f;     // and up to this share of it as 0
@@ -46,7 +47,7 @@ struct BipartitionPlan {
 
   int64_t size(const BipartitionArgs& a) const {
     const int64_t packed = stored ? padded * padded + (padded + kTileRows) * a.width : 0;
-    return packed + kVectors * a.width + (2 * kVectors + 4) * padded;
+    return packed + kVectors * a.width + (3 * kVectors + 4) * padded;
   }
 };
 
@@ -66,6 +67,7 @@ class Cut {
         n(tokens.count),
         vectors(take(&scratch, kVectors * plan.padded)),
         products(take(&scratch, kVectors * plan.padded)),
+        before(take(&scratch, kVectors * plan.padded)),
         along(take(&scratch, kVectors * args.width)),
         matrix(scratch) {}
 
@@ -79,12 +81,17 @@ class Cut {
       if (plan.stored && extreme) fill_matrix();
       find_degrees();
       for (int j = 0; j < kVectors; ++j) start(j, 0);
-      for (int j = 0; j < size; ++j) make_orthogonal(vectors, j, 0);
+      for (int j = 0; j < size; ++j) gram_schmidt(vectors, j, 0);
       for (int64_t i = 0; i < a.iterations && !converged; ++i) {
-        if (plan.stored && !filled && i == n / kDirectTokens) fill_matrix();
+        if (plan.stored && !filled && i >= n / kDirectTokens) fill_matrix();
+        if (i > 1 && i + 1 < a.iterations && values[kVectors - 1] > kNothing &&
+            values[kVectors - 1] < kFarBelow * values[0]) {
+          filter(static_cast<float>(values[kVectors - 1]));
+          ++i;
+        }
         if (i > 0) next_vectors(size, i);
         multiply(size);
-        converged = turn_to_eigenvectors(size, values);
+        converged = rayleigh_ritz(size, values);
       }
     }
     write(converged, values[0]);
@@ -103,6 +110,7 @@ class Cut {
   const int64_t n;
   float* const vectors;   // [vector][valid token]
   float* const products;  // of the matrix with them
+  float* const before;    // the vectors that a polynomial begins with
   float* const along;     // x^T v, [vector][feature]
   float* const matrix;    // of cosines, and packed rows behind it
   bool filled = false;    // the matrix is
@@ -329,7 +337,7 @@ class Cut {
 
   // Makes vector j orthogonal to the trivial one and to those before it, and of length 1; noise
   // takes its place where nothing is left.
-  void make_orthogonal(float* all, int j, int64_t round) {
+  void gram_schmidt(float* all, int j, int64_t round) {
     float* v = all + j * plan.padded;
     const double before = dot(v, v, n);
     for (int again = 0; again < 2; ++again) {
@@ -343,19 +351,32 @@ class Cut {
     if (!(length > 1e-10 * before) || !(length > 1e-24)) {
       if (round < 0) return;
       start(j, round + 1);
-      return make_orthogonal(all, j, -1);
+      return gram_schmidt(all, j, -1);
     }
     const float factor = static_cast<float>(1 / __builtin_sqrt(length));
     for (int64_t i = 0; i < n; ++i) v[i] *= factor;
   }
 
+  // Instead of the product with the matrix, a polynomial of it of the second degree: Chebyshev's,
+  // which is small on [0, bound], where what is not wanted lies, and grows fastest above. It takes
+  // one more product.
+  void filter(float bound) {
+    const int64_t size = kVectors * plan.padded;
+    const float half = bound / 2, inverse = 1 / half;
+    memcpy(before, vectors, static_cast<size_t>(size) * sizeof(float));
+    for (int64_t i = 0; i < size; ++i) vectors[i] = products[i] * inverse - vectors[i];
+    multiply(kVectors);
+    for (int64_t i = 0; i < size; ++i)
+      products[i] = 2 * (products[i] * inverse - vectors[i]) - before[i];
+  }
+
   void next_vectors(int size, int64_t round) {
     memcpy(vectors, products, static_cast<size_t>(kVectors * plan.padded) * sizeof(float));
-    for (int j = 0; j < size; ++j) make_orthogonal(vectors, j, round);
+    for (int j = 0; j < size; ++j) gram_schmidt(vectors, j, round);
   }
 
   // Turns the vectors to the eigenvectors between them; says whether the first is near enough.
-  bool turn_to_eigenvectors(int size, double (&values)[kVectors]) {
+  bool rayleigh_ritz(int size, double (&values)[kVectors]) {
     double m[kVectors][kVectors] = {}, turn[kVectors][kVectors];
     for (int p = 0; p < size; ++p)
       for (int q = 0; q < size; ++q)

@@ -644,6 +644,10 @@ def bipartition(
     return Bipartition(*_ops.bipartition(embeddings, key_padding_mask, method, iterations, tol))
 
 
+def _squares_fit(largest: Tensor) -> bool:
+    return bool(((largest == 0) | ((largest > 1e-15) & (largest < 1e15))).all())
+
+
 def informed_scores(
     embeddings: Tensor,
     bipartition: Bipartition,
@@ -711,10 +715,17 @@ def informed_scores(
         x = reference.without_padding(embeddings.detach(), key_padding_mask)
         x = x if x.dtype == torch.float64 else x.float()
         largest = torch.linalg.vector_norm(x, math.inf, dim=2, keepdim=True)  # (B, N, 1)
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             reference.check_finite("embeddings", largest)
-        # squares of large and small numbers leave float's range, those of their shares do not
-        x = x / torch.where(largest > 0, largest, 1.0)
+        # squares of large and small numbers leave float's range, those of their shares do not;
+        # only a CPU can look before it divides
+        if compiling or x.device.type != "cpu" or not _squares_fit(largest):
+            if x.dtype == torch.float64:
+                x = x / torch.where(largest > 0, largest, 1.0)
+            else:  # exact: the same bits as without
+                power = torch.frexp(largest).exponent
+                x = x * torch.ldexp(torch.ones_like(largest), -power.clamp(-126, 126))
         length = torch.linalg.vector_norm(x, dim=2)  # (B, N)
         scale = torch.where(length > 0, 1 / length, 0.0)
         # one product reads the embeddings for the mean, another for the similarities
