@@ -3,8 +3,8 @@
 "changed parts" is the step of a model without the layers after the first, which this project leaves
 as they are; "whole" has four of them, and "untouched layers" is these four alone.
 
-On vit-b16 it is MAE's step with self-guided MAE's masks. These come from embeddings that are there:
-the unmasked forward that makes them is left out.
+On vit-b16 "informed mask" is what self-guided MAE's mask takes, beside MAE's step with a random
+one. It comes from embeddings that are there: the unmasked forward that makes them is left out.
 """
 
 import functools
@@ -48,9 +48,9 @@ def bench_pretraining_step(measure, settings, name, part):
 def bench_pretraining_step_of_pictures(measure, settings):
     shape = settings.shape("vit-b16")
     step = pictures_step.build(shape, settings.device, settings.dtype, settings.quick)
-    peers = {"random mask": pictures_step.random(step)}
-    ours = pictures_step.informed(step)
-    measure(harness.Case("pretraining_step", "whole", shape, ours, peers, _check_finite))
+    peers = {"whole step": pictures_step.random(step)}
+    ours = pictures_step.mask(step)
+    measure(harness.Case("pretraining_step", "informed mask", shape, ours, peers, _check_finite))
 
 
 @pytest.mark.parametrize("name", steps.BATCH)

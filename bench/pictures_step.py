@@ -1,4 +1,4 @@
-"""A pretraining step of MAE's ViT-B/16 to compare: with informed masks, and with random ones."""
+"""A pretraining step of MAE's ViT-B/16, and the informed mask that it could have had."""
 
 import contextlib
 import functools
@@ -53,14 +53,19 @@ def build(shape: Shape, device: str, dtype: torch.dtype, quick: bool = False) ->
     return Step(model, pixels, Embedded(model.config, known), context)
 
 
-def informed(step: Step) -> Callable[[], Tensor]:
-    """Returns the step whose mask is cut from the known embeddings, a tenth of it hints."""
-    return functools.partial(_run, SelfMAEMasking(), step)
+def mask(step: Step) -> Callable[[], Tensor]:
+    """Returns what cuts the known embeddings and masks, a tenth of it hints."""
+    return functools.partial(_mask, step)
 
 
 def random(step: Step) -> Callable[[], Tensor]:
     """Returns the step with MAE's random mask."""
     return functools.partial(_run, RandomMasking(), step)
+
+
+def _mask(step: Step) -> Tensor:
+    with step.context():
+        return SelfMAEMasking()(step.embedded, step.pixels).num_masked.float().mean()
 
 
 def _run(policy: Callable, step: Step) -> Tensor:

@@ -4,7 +4,6 @@ Letters in the shapes: B batch, N tokens, V visible, K masked, H heads, M querie
 R selected queries, D head width, C token width.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -714,7 +713,8 @@ def informed_scores(
             member = torch.where(swap[:, None], others, member)
         x = reference.without_padding(embeddings.detach(), key_padding_mask)
         x = x if x.dtype == torch.float64 else x.float()
-        largest = torch.linalg.vector_norm(x, math.inf, dim=2, keepdim=True)  # (B, N, 1)
+        # (B, N, 1); both are many times faster than a norm or aminmax on a CPU
+        largest = torch.maximum(x.amax(2, keepdim=True), -x.amin(2, keepdim=True))
         compiling = torch.compiler.is_compiling()
         if not compiling:
             reference.check_finite("embeddings", largest)
