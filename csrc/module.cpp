@@ -212,8 +212,7 @@ void run(void (*on_processor)(const Args&), const Args& a) {
 std::vector<std::string> cuda_ops() {
 #ifdef SMA_CUDA_ARCHS
   return {"attention_scores", "select_tokens",       "gather_tokens",
-          "restore_tokens",   "self_guided_masking", "bipartition",
-          "draw_queries"};  // by way of select_tokens
+          "restore_tokens",   "self_guided_masking", "bipartition"};
 #else
   return {};
 #endif

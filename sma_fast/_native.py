@@ -193,14 +193,6 @@ def draw_queries(noise, num_queries, num_queries_rows, padding_mask) -> Tensor:
     batch, candidates = noise.shape
     if num_queries_rows is not None:
         num_queries_rows = num_queries_rows.long().contiguous()
-    if _backend(noise) == "cuda":  # the candidates of lowest noise, at least one, are selected
-        _count("draw_queries", noise)
-        rows = num_queries_rows
-        if rows is None:
-            rows = torch.full((batch,), num_queries, dtype=torch.int64, device=noise.device)
-        rows = rows.clamp(1, max(num_queries, 1))
-        chosen = (-noise, padding_mask, None, None, None, rows, num_queries, 0.0, None)
-        return select_tokens(*chosen)[2]
     noise, padding_mask = _contiguous(noise, padding_mask)
     query_index = _empty((batch, num_queries), torch.int64, noise.device)
     _count("draw_queries", noise)

@@ -555,6 +555,7 @@ def test_head_out_of_range(backend, bad):
         call(OP, backend.inputs(arguments(**GIVEN, head_index=index)))
 
 
+@pytest.mark.needs("draw_queries")
 def test_negative_number_of_a_row(backend):
     rows = torch.tensor([1, -3])
     with pytest.raises(ValueError, match="^num_queries: holds -3, allowed is at least 0"):
