@@ -139,7 +139,7 @@ def _cases() -> dict[str, list[tuple]]:
         return torch.empty(shape, dtype=torch.int64)
 
     half = torch.bfloat16
-    padding = empty(2, 1024, dtype=torch.bool)
+    padding, labels = empty(2, 1024, dtype=torch.bool), empty(2, 196, dtype=torch.bool)
     index, heads = ids(2, 38), ids(2, 38)
     query, key = empty(1, 8, 256, 64, dtype=half), empty(2, 8, 1024, 64, dtype=half)
     self_query = empty(2, 12, 512, 64, dtype=half)
@@ -197,6 +197,12 @@ def _cases() -> dict[str, list[tuple]]:
             (empty(2, 2048, 768), none, "ncut", 64, 3e-4),
             (empty(2, 2048, 768, dtype=half), none, "ncut", 64, 3e-4),
             (empty(2, 2048, 768, dtype=half), none, "ncut", 64, 1e-4),
+        ],
+        "informed_scores": [
+            (empty(2, 196, 768), labels, none, "object"),
+            (empty(2, 196, 768, dtype=half), labels, padding[:, :196], "smaller"),
+            (empty(2, 196, 192), labels, none, "object"),
+            (empty(2, 196, 16384), labels, none, "larger"),
         ],
     }
 

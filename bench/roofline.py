@@ -134,8 +134,12 @@ def similarity(embeddings: Tensor) -> Stage:
 
 
 def cluster_similarity(embeddings: Tensor) -> Stage:
-    """Returns the stage that compares patches with the mean of some: the (B, N, C) read twice."""
-    return Stage("cluster similarity", 2 * embeddings.nbytes)
+    """Returns the stage that compares patches with the mean of some.
+
+    bytes: the (B, N, C) embeddings read once, the (B, N) labels read and float32 scores written.
+    """
+    batch, tokens, _ = embeddings.shape
+    return Stage("cluster similarity", embeddings.nbytes + 5 * batch * tokens)
 
 
 def gather(tokens: Tensor, ids: Tensor) -> Stage:

@@ -109,6 +109,11 @@ def _guided(shape: Shape, device: str, dtype: torch.dtype) -> tuple:
     return query, key, tokens, index, head_index, *choice
 
 
+def _informed(shape: Shape, device: str, dtype: torch.dtype) -> tuple:
+    embeddings = shapes.embeddings(shape, device, dtype)
+    return embeddings, shapes.scores(shape, device) > 0, None, "object"
+
+
 def _by_tokens(op: str, arguments: Callable, *names: str) -> tuple[Case, ...]:
     every = map(_shape, names)
     return tuple(Case(op, shape, FLOAT, arguments, shape.tokens) for shape in every)
@@ -218,5 +223,9 @@ ENTRIES = {
     "self_guided_masking": Entry(
         {"block": (256, 512, 1024), "num_warps": (2, 4, 8)},
         (Case("self_guided_masking", _shape("molecule", 64), HALF, _guided),),
+    ),
+    "informed_scores": Entry(
+        {"elements": (4096, 8192, 16384), "num_warps": (4, 8)},
+        tuple(Case("informed_scores", _shape("patches"), x, _informed) for x in (HALF, FLOAT)),
     ),
 }

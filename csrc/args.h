@@ -150,4 +150,19 @@ struct BipartitionArgs {
   int threads;
 };
 
+enum Cluster : int { kObject = 0, kBackground = 1, kSmaller = 2, kLarger = 3 };
+
+struct InformedScoresArgs {
+  const void* embeddings;  // (B, N, C), each row in one piece
+  int dtype;
+  int64_t batch, tokens, width;
+  int64_t strides[2];
+  const uint8_t* labels;   // (B, N)
+  const uint8_t* padding;  // (B, N), or null
+  int cluster;
+  float* scores;        // (B, N)
+  uint8_t* not_finite;  // set where an embedding is not
+  int threads;
+};
+
 }  // namespace sma

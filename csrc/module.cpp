@@ -521,6 +521,28 @@ void bipartition(Address embeddings, int dtype, int64_t batch, int64_t tokens, i
     throw py::value_error("embeddings: holds NaN or infinity, allowed are finite numbers");
 }
 
+void informed_scores(Address embeddings, int dtype, int64_t batch, int64_t tokens, int64_t width,
+                     const std::array<int64_t, 2>& strides, Address labels, Address padding,
+                     int cluster, Address scores, const Where& where) {
+  InformedScoresArgs a = {};
+  a.embeddings = at<void>(embeddings);
+  a.dtype = dtype;
+  a.batch = batch;
+  a.tokens = tokens;
+  a.width = width;
+  for (int i = 0; i < 2; ++i) a.strides[i] = strides[i];
+  a.labels = at<uint8_t>(labels);
+  a.padding = at<uint8_t>(padding);
+  a.cluster = cluster;
+  a.scores = at<float>(scores);
+  a.threads = threads_of(where);
+  uint8_t not_finite = 0;
+  a.not_finite = &not_finite;
+  run(kernels()->informed_scores, a);
+  if (not_finite)
+    throw py::value_error("embeddings: holds NaN or infinity, allowed are finite numbers");
+}
+
 py::dict build_info() {
   py::dict info;
   info["CPU instruction set"] = kernels()->name;
@@ -572,5 +594,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("self_guided_masking", &self_guided_masking);
   m.def("random_masking", &random_masking);
   m.def("bipartition", &bipartition);
+  m.def("informed_scores", &informed_scores);
   m.attr("cuda_ops") = cuda_ops();
 }

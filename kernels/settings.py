@@ -90,6 +90,8 @@ DEFAULT = {
         {"up_to": None, "elements": 4096, "width": 256, "rows": 64, "num_warps": 4},
     ),
     "self_guided_masking": ({"up_to": None, "block": 1024, "num_warps": 4},),
+    # more elements are more rows at a time, which wait for each other less often, in more registers
+    "informed_scores": ({"up_to": None, "elements": 8192, "num_warps": 8},),
 }
 
 # ---- from here on written by bench.tune ----

@@ -42,6 +42,9 @@ _GPU_CHECKS = {
     "bipartition": lambda embeddings, padding, *_: reference.check_finite(
         "embeddings", reference.without_padding(embeddings, padding)
     ),
+    "informed_scores": lambda embeddings, labels, padding, cluster: reference.check_finite(
+        "embeddings", reference.without_padding(embeddings, padding)
+    ),
 }
 _forced: str | None = None
 

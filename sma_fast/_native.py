@@ -24,6 +24,7 @@ from sma_fast._errors import Unavailable
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCE = {"mean": 0, "sum": 1, "none": 2}
 _METHODS = {"ncut": 0, "pca": 1}
+_CLUSTERS = {"object": 0, "background": 1, "smaller": 2, "larger": 3}
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (*_SCORES, torch.float64)
 
@@ -401,8 +402,31 @@ def bipartition(embeddings, key_padding_mask, method, iterations, tol) -> tuple[
     return cut
 
 
+def informed_scores(embeddings, labels, key_padding_mask, cluster) -> Tensor:
+    batch, tokens, width = embeddings.shape
+    labels, key_padding_mask = _contiguous(labels, key_padding_mask)
+    embeddings = _contiguous_rows(embeddings)
+    scores = _empty((batch, tokens), torch.float32, embeddings.device)
+    _count("informed_scores", embeddings)
+    _module().informed_scores(
+        embeddings.data_ptr(),
+        _DTYPES[embeddings.dtype],
+        batch,
+        tokens,
+        width,
+        embeddings.stride()[:2],
+        labels.data_ptr(),
+        _address(key_padding_mask),
+        _CLUSTERS[cluster],
+        scores.data_ptr(),
+        _where(embeddings),
+    )
+    return scores
+
+
 attention_scores.dtypes = _SCORES
 bipartition.dtypes = _SCORES
+informed_scores.dtypes = _SCORES
 aggregate_attention.dtypes = _SCORES
 select_tokens.dtypes = _SCORES
 self_guided_masking.dtypes = _SCORES
@@ -424,6 +448,7 @@ _OPS = {
         self_guided_masking,
         random_masking,
         bipartition,
+        informed_scores,
     )
 }
 

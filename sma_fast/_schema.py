@@ -49,6 +49,9 @@ SCHEMAS = {
         "(Tensor embeddings, Tensor? key_padding_mask, str method, int iterations, float tol)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "informed_scores": (
+        "(Tensor embeddings, Tensor labels, Tensor? key_padding_mask, str cluster) -> Tensor"
+    ),
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -315,3 +318,14 @@ def bipartition(embeddings, key_padding_mask, method, iterations, tol):
 
 
 _no_gradient("bipartition")
+
+
+# informed_scores
+
+
+@_fake
+def informed_scores(embeddings, labels, key_padding_mask, cluster):
+    return embeddings.new_empty(embeddings.shape[:2], dtype=torch.float32)
+
+
+_no_gradient("informed_scores")

@@ -13,7 +13,6 @@ from sma_fast import (
     _check,
     _dispatch,  # noqa: F401  (registers the implementations)
     _draws,
-    reference,
 )
 
 _ops = torch.ops.sma_fast
@@ -643,10 +642,6 @@ def bipartition(
     return Bipartition(*_ops.bipartition(embeddings, key_padding_mask, method, iterations, tol))
 
 
-def _squares_fit(largest: Tensor) -> bool:
-    return bool(((largest == 0) | ((largest > 1e-15) & (largest < 1e15))).all())
-
-
 def informed_scores(
     embeddings: Tensor,
     bipartition: Bipartition,
@@ -656,7 +651,6 @@ def informed_scores(
 ) -> Tensor:
     """Returns each patch's cosine similarity to the mean of one of the two clusters.
 
-    Made of PyTorch's own operations on every device: `use_backend` and `backends` do not name it.
     `select_tokens` then masks the patches most like it; a random share of it leaves some as
     hints. Equivalent PyTorch, without padding::
 
@@ -665,7 +659,9 @@ def informed_scores(
         scores = torch.nn.functional.cosine_similarity(x, mean, dim=2)
 
     Args:
-        embeddings: (B, N, C), as `bipartition` got them; finite where there is no padding.
+        embeddings: (B, N, C), as `bipartition` got them; float32, bfloat16, float16 or float64;
+            finite where there is no padding. C is at most 16384 on backend triton. On a GPU what
+            is not finite scores 0; SMA_FAST_CHECK=1 raises.
         bipartition: what it returned.
         cluster: whose mean. "object": the cluster that holds the entry of largest size of the
             eigenvector, which is the one labelled True: what differs most from the rest is cut off
@@ -674,7 +670,8 @@ def informed_scores(
         key_padding_mask: (B, N) bool, True = padding; padding scores 0.
 
     Returns:
-        (B, N) float32 in [-1, 1]; 0 where the cluster is empty. No gradient.
+        (B, N) float32 in [-1, 1] but for rounding; 0 where the cluster is empty, or its patches
+        cancel out. No gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -702,34 +699,4 @@ def informed_scores(
     _check.device("bipartition.labels", labels, embeddings)
     _check.mask("key_padding_mask", key_padding_mask, (batch, tokens), embeddings)
     _check.choice("cluster", cluster, ("object", "background", "smaller", "larger"))
-    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
-        valid = torch.ones_like(labels) if key_padding_mask is None else ~key_padding_mask
-        member = labels & valid
-        if cluster != "object":
-            others = ~labels & valid
-            fewer = others.sum(1) < member.sum(1)  # (B,)
-            more = others.sum(1) > member.sum(1)
-            swap = {"smaller": fewer, "larger": more}.get(cluster, torch.ones_like(fewer))
-            member = torch.where(swap[:, None], others, member)
-        x = reference.without_padding(embeddings.detach(), key_padding_mask)
-        x = x if x.dtype == torch.float64 else x.float()
-        # (B, N, 1); both are many times faster than a norm or aminmax on a CPU
-        largest = torch.maximum(x.amax(2, keepdim=True), -x.amin(2, keepdim=True))
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            reference.check_finite("embeddings", largest)
-        # squares of large and small numbers leave float's range, those of their shares do not;
-        # only a CPU can look before it divides
-        if compiling or x.device.type != "cpu" or not _squares_fit(largest):
-            if x.dtype == torch.float64:
-                x = x / torch.where(largest > 0, largest, 1.0)
-            else:  # exact: the same bits as without
-                power = torch.frexp(largest).exponent
-                x = x * torch.ldexp(torch.ones_like(largest), -power.clamp(-126, 126))
-        length = torch.linalg.vector_norm(x, dim=2)  # (B, N)
-        scale = torch.where(length > 0, 1 / length, 0.0)
-        # one product reads the embeddings for the mean, another for the similarities
-        mean = torch.bmm((member * scale)[:, None, :], x)  # (B, 1, C)
-        mean = torch.nn.functional.normalize(mean, dim=2)
-        scores = torch.bmm(x, mean.transpose(1, 2))[:, :, 0] * scale
-        return scores.masked_fill(~valid, 0.0).float()
+    return _ops.informed_scores(embeddings, labels, key_padding_mask, cluster)

@@ -276,6 +276,38 @@ def bipartition(
     return vector.float(), labels, ids, eigenvalue.float(), converged
 
 
+@torch.no_grad()
+def informed_scores(
+    embeddings: Tensor,  # (B, N, C)
+    labels: Tensor,  # (B, N) bool
+    key_padding_mask: Tensor | None,  # (B, N)
+    cluster: str,
+) -> Tensor:  # (B, N), float32
+    embeddings = without_padding(embeddings, key_padding_mask)
+    check_finite("embeddings", embeddings)
+    valid = torch.ones_like(labels) if key_padding_mask is None else ~key_padding_mask
+    member, others = labels & valid, ~labels & valid
+    number, others_number = member.sum(1), others.sum(1)  # (B,)
+    swap = {
+        "object": torch.zeros_like(number, dtype=torch.bool),
+        "background": torch.ones_like(number, dtype=torch.bool),
+        "smaller": others_number < number,
+        "larger": others_number > number,
+    }[cluster]
+    member = torch.where(swap[:, None], others, member)
+    x = embeddings.double()
+    largest = x.abs().amax(2, keepdim=True)
+    x = x / torch.where(largest == 0, 1.0, largest)  # squares of extremes leave the range
+    length = x.norm(dim=2, keepdim=True)
+    x = x / torch.where(length == 0, 1.0, length)
+    total = torch.where(member[:, :, None], x, 0.0).sum(1, keepdim=True)
+    mean = total / member.sum(1).clamp(min=1)[:, None, None]
+    length = mean.norm(dim=2, keepdim=True)  # (B, 1, 1)
+    mean = torch.where(length > 1e-6, mean / length, 0.0)
+    scores = (x @ mean.transpose(1, 2))[:, :, 0]
+    return torch.where(valid & ~scores.isnan(), scores, 0.0).float().contiguous()
+
+
 # What the ops above share.
 
 

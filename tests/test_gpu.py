@@ -31,6 +31,7 @@ from sma_fast.testing import (
     gather_inputs,
     guarded,
     guided_inputs,
+    informed_inputs,
     make_scores,
     padding_mask,
     random_inputs,
@@ -85,6 +86,7 @@ SMALL = {
     ),
     "random_masking": (random_inputs, {"trailing": (16,)}),
     "bipartition": (cut_inputs, {"padding": "left", "width": 16}),
+    "informed_scores": (informed_inputs, {"padding": "left", "width": 16}),
 }
 LARGE = {
     "attention_scores": {"tokens": 20_001, "width": 4, "batch": 2, "selected": 3},
@@ -98,6 +100,7 @@ LARGE = {
     "self_guided_masking": {"tokens": 20_001, "width": 4, "selected": 3, "trailing": (2,)},
     "random_masking": {"tokens": 20_001},
     "bipartition": {"tokens": 1300, "batch": 2, "width": 8},
+    "informed_scores": {"tokens": 3000, "width": 700},
 }
 
 
@@ -383,6 +386,8 @@ def memory_inputs(op: str, queries: int, tokens: int) -> dict:
         return {"tokens": rows, "noise": noise, "mask_ratio": 0.5}
     if op == "bipartition":  # of no more patches than one block's memory holds
         return {"embeddings": empty(BATCH, min(tokens, 1024), queries)}
+    if op == "informed_scores":
+        return {"embeddings": rows, "labels": padding}
     attention = {
         "query": empty(BATCH, HEADS, queries, 64),
         "key": empty(BATCH, HEADS, tokens, 64),

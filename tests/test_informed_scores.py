@@ -1,17 +1,30 @@
 """informed_scores: how like each patch is to the mean of a cluster, and which one is the object."""
 
+import math
+
 import pytest
 import torch
 
 import sma_fast
 from sma_fast.models.vit_layers import patchify
-from sma_fast.testing import cut_inputs
+from sma_fast.testing import (
+    CASES,
+    LAYOUTS,
+    NATIVE_DTYPES,
+    assert_compiles_once,
+    assert_reproducible,
+    assert_same,
+    call,
+    guarded,
+    informed_inputs,
+    padding_mask,
+)
 
+OP = "informed_scores"
 X, Y = [1.0, 0.0], [0.0, 1.0]
 
 
-def cut_of(labels) -> sma_fast.Bipartition:
-    labels = torch.tensor([labels], dtype=torch.bool)
+def cut_of(labels: torch.Tensor) -> sma_fast.Bipartition:
     return sma_fast.Bipartition(None, labels, None, None, None)
 
 
@@ -25,6 +38,7 @@ LITERALS = {
     "lengths do not matter": ([[9.0, 0.0], [0.0, 0.1]], [1, 1], {}, [0.5**0.5, 0.5**0.5]),
     "opposite": ([X, [-2.0, 0.0]], [1, 0], {}, [1, -1]),
     "an empty cluster": ([X, Y], [0, 0], {}, [0, 0]),
+    "cancelled out": ([X, [-3.0, 0.0], Y], [1, 1, 0], {}, [0, 0, 0]),
     "a zero patch": ([X, [0.0, 0.0]], [1, 0], {}, [1, 0]),
     "padding": (
         [X, Y, Y],
@@ -33,13 +47,6 @@ LITERALS = {
         [1, 0, 0],
     ),
 }
-
-
-@pytest.mark.parametrize("name", LITERALS)
-def test_literal(name):
-    rows, labels, options, answer = LITERALS[name]
-    scores = sma_fast.informed_scores(torch.tensor([rows]), cut_of(labels), **options)
-    torch.testing.assert_close(scores, torch.tensor([answer], dtype=torch.float32))
 
 
 def test_the_object_of_pictures_with_a_known_one():
@@ -67,48 +74,147 @@ def test_the_object_of_pictures_with_a_known_one():
     assert float((found > 0.8).float().mean()) > 0.9  # the rest took the other side
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
-def test_types(dtype):
-    x = cut_inputs()["embeddings"].to(dtype)
-    cut = sma_fast.bipartition(x)
-    scores = sma_fast.informed_scores(x, cut)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, sma_fast.informed_scores(x.float(), cut))
+@pytest.mark.parametrize("name", LITERALS)
+def test_literal(backend, name):
+    rows, labels, options, answer = LITERALS[name]
+    given = {"embeddings": torch.tensor([rows]), "labels": torch.tensor([labels]) > 0}
+    scores = call(OP, backend.inputs(given | options))
+    torch.testing.assert_close(scores.cpu(), torch.tensor([answer], dtype=torch.float32))
 
 
-@pytest.mark.parametrize(
-    "factor, dtype",
-    [(1e30, torch.float32), (1e-30, torch.float32), (1e-23, torch.float32), (1e200, torch.float64)],
-)
-def test_long_and_short_rows(factor, dtype):
-    x = cut_inputs()["embeddings"].to(dtype)
-    cut = sma_fast.bipartition(x)
-    torch.testing.assert_close(
-        sma_fast.informed_scores(x * factor, cut), sma_fast.informed_scores(x, cut)
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CASES[OP], ids=str)
+def test_cases_of_half_types(backend, case, dtype):
+    test_cases(backend, case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES[OP], ids=str)
+def test_cases(backend, case, dtype=torch.float32):
+    inputs = backend.inputs(case.build(dtype))
+    found, expected = call(OP, inputs), backend.expected(OP, inputs)
+    assert (found.dtype, found.shape) == (torch.float32, expected.shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    if "key_padding_mask" in inputs:
+        assert not bool(found[inputs["key_padding_mask"]].any())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, layout):
+    inputs, assert_unchanged = guarded(
+        backend.inputs(informed_inputs(tokens=20, padding="scattered")), layout
+    )
+    torch.testing.assert_close(call(OP, inputs), backend.expected(OP, inputs), rtol=0, atol=1e-6)
+    assert_unchanged()
+
+
+def test_reproducible(backend):
+    inputs = backend.inputs(informed_inputs(batch=4, tokens=101, width=24))
+    assert_reproducible(
+        lambda x, labels: [sma_fast.informed_scores(x, cut_of(labels), cluster="smaller")],
+        *inputs.values(),
     )
 
 
-def test_padding_may_hold_anything():
-    inputs = cut_inputs(padding="scattered")
-    x, padding = inputs["embeddings"], inputs["key_padding_mask"]
-    cut = sma_fast.bipartition(x, key_padding_mask=padding)
-    plain = sma_fast.informed_scores(x, cut, key_padding_mask=padding)
-    x[padding] = torch.nan
-    assert torch.equal(sma_fast.informed_scores(x, cut, key_padding_mask=padding), plain)
+@pytest.mark.one_instruction_set
+def test_shares_among_threads(backend, four_threads):
+    """Larger than what runs on one thread."""
+    inputs = backend.inputs(informed_inputs(batch=16, tokens=40, width=64))
+    torch.testing.assert_close(call(OP, inputs), backend.expected(OP, inputs), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
-def test_not_finite(value):
-    x = cut_inputs()["embeddings"]
-    cut = sma_fast.bipartition(x)
-    x[1, 3, 5] = value
+def test_double(backend):
+    inputs = backend.inputs(informed_inputs(torch.float64))
+    if not backend.refuses(OP, inputs):
+        torch.testing.assert_close(
+            call(OP, inputs),
+            call(OP, inputs | {"embeddings": inputs["embeddings"].float()}),
+            rtol=0,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("which", (slice(None), slice(None, None, 2)))
+@pytest.mark.parametrize("factor", (1e30, 1e-23, 1e-30, 1e-37))
+def test_long_and_short_rows(backend, factor, which):
+    inputs = informed_inputs(tokens=40, width=40)
+    plain = call(OP, backend.inputs(inputs))
+    inputs["embeddings"][:, which] *= factor
+    found = call(OP, backend.inputs(inputs))
+    torch.testing.assert_close(found, plain, rtol=0, atol=2e-6)
+
+
+def test_double_rows_beyond_float():
+    inputs = informed_inputs(torch.float64)
+    plain = call(OP, inputs)
+    for factor in (1e200, 1e-200):
+        found = call(OP, inputs | {"embeddings": inputs["embeddings"] * factor})
+        torch.testing.assert_close(found, plain)
+
+
+def test_padding_may_hold_anything(backend):
+    inputs = informed_inputs(padding="scattered")
+    plain = call(OP, backend.inputs(inputs))
+    inputs["embeddings"][inputs["key_padding_mask"]] = math.nan
+    assert_same(call(OP, backend.inputs(inputs)), plain)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+def test_not_finite(backend, value):
+    inputs = informed_inputs()
+    inputs["embeddings"][1, 3, 5] = value
     with pytest.raises(ValueError, match="^embeddings: holds NaN or infinity, allowed are finite"):
-        sma_fast.informed_scores(x, cut)
+        call(OP, backend.inputs(inputs))
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+@pytest.mark.parametrize("member", (False, True))
+def test_not_finite_where_nobody_looks(backend, monkeypatch, value, member):
+    """As on a GPU: what is not finite scores 0, and a cluster that holds it is nobody's mean."""
+    monkeypatch.setattr("sma_fast.reference.check_finite", lambda *_: None)
+    inputs = informed_inputs(batch=2)
+    plain = call(OP, backend.inputs(inputs))
+    row = inputs["labels"][1].int().argmax() if member else inputs["labels"][1].int().argmin()
+    inputs["embeddings"][1, row, 5] = value
+    plain[1, slice(None) if member else row] = 0
+    inputs = backend.inputs(inputs)
+    if backend.backend == "cpu":  # the kernel itself looks
+        with pytest.raises(ValueError, match="^embeddings: holds NaN or infinity"):
+            call(OP, inputs)
+    else:
+        torch.testing.assert_close(call(OP, inputs), plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize("layout", ("packed", "transposed"))
+def test_opcheck(backend, layout):
+    inputs = informed_inputs() | {"padding": padding_mask("left", 3, 12)}
+    inputs, _ = guarded(backend.inputs(inputs), layout)
+    torch.library.opcheck(
+        torch.ops.sma_fast.informed_scores.default,
+        (inputs["embeddings"], inputs["labels"], inputs["padding"], "smaller"),
+    )
+
+
+def test_compile():
+    sizes = ((2, 12, 8), (3, 33, 16), (4, 70, 9))
+    assert_compiles_once(
+        lambda x, labels: sma_fast.informed_scores(x, cut_of(labels), cluster="larger"),
+        [tuple(informed_inputs(batch=b, tokens=n, width=c).values()) for b, n, c in sizes],
+    )
 
 
 def test_no_gradient():
-    x = cut_inputs()["embeddings"].requires_grad_()
-    assert not sma_fast.informed_scores(x, sma_fast.bipartition(x)).requires_grad
+    inputs = informed_inputs()
+    inputs["embeddings"].requires_grad_()
+    assert not call(OP, inputs).requires_grad
+
+
+def test_autocast_changes_nothing():
+    inputs = informed_inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = call(OP, inputs)
+    assert_same(found, call(OP, inputs))
 
 
 EMBEDDINGS = torch.randn(2, 5, 3)
@@ -123,15 +229,15 @@ BAD = {
 }
 
 
-def test_not_a_bipartition():
+def test_not_a_bipartition(nothing_runs):
     with pytest.raises(TypeError, match="^bipartition: got NoneType, allowed is"):
         sma_fast.informed_scores(EMBEDDINGS, None)
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
+def test_bad_input(nothing_runs, name):
     argument, error, changed = BAD[name]
     given = {"embeddings": EMBEDDINGS, "labels": LABELS} | changed
-    cut = sma_fast.Bipartition(None, given.pop("labels"), None, None, None)
+    cut = cut_of(given.pop("labels"))
     with pytest.raises(error, match=rf"^{argument}: .*allowed is"):
         sma_fast.informed_scores(bipartition=cut, **given)

@@ -5,6 +5,7 @@
 #include "../bipartition.h"
 #include "../draw_queries.h"
 #include "../gather_tokens.h"
+#include "../informed_scores.h"
 #include "../random_masking.h"
 #include "../restore_tokens.h"
 #include "../select_tokens.h"
@@ -27,6 +28,7 @@ const Kernels& kernels_avx2() {
       avx2::self_guided_masking,
       avx2::random_masking,
       avx2::bipartition,
+      avx2::informed_scores,
   };
   return table;
 }

@@ -5,6 +5,7 @@
 #include "../bipartition.h"
 #include "../draw_queries.h"
 #include "../gather_tokens.h"
+#include "../informed_scores.h"
 #include "../random_masking.h"
 #include "../restore_tokens.h"
 #include "../select_tokens.h"
@@ -27,6 +28,7 @@ const Kernels& kernels_avx512() {
       avx512::self_guided_masking,
       avx512::random_masking,
       avx512::bipartition,
+      avx512::informed_scores,
   };
   return table;
 }

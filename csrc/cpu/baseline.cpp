@@ -5,6 +5,7 @@
 #include "../bipartition.h"
 #include "../draw_queries.h"
 #include "../gather_tokens.h"
+#include "../informed_scores.h"
 #include "../random_masking.h"
 #include "../restore_tokens.h"
 #include "../select_tokens.h"
@@ -27,6 +28,7 @@ const Kernels& kernels_baseline() {
       baseline::self_guided_masking,
       baseline::random_masking,
       baseline::bipartition,
+      baseline::informed_scores,
   };
   return table;
 }

@@ -17,6 +17,7 @@ struct Kernels {
   void (*self_guided_masking)(const SelfGuidedMaskingArgs&);
   void (*random_masking)(const RandomMaskingArgs&);
   void (*bipartition)(const BipartitionArgs&);
+  void (*informed_scores)(const InformedScoresArgs&);
 };
 
 const Kernels& kernels_baseline();

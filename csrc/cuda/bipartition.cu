@@ -13,8 +13,6 @@ namespace cuda {
 namespace {
 
 constexpr unsigned kMostBlocks = 8;  // of a cluster, on every GPU that has clusters
-constexpr float kSignTie = 1e-3f;    // entries within this share of the largest count as large
-constexpr float kRounding = 1e-4f;   // entries up to this share of it may be 0 but for rounding
 
 template <class T, bool kStay>
 class Cut : CutMatrix<T, kStay> {
@@ -103,7 +101,7 @@ class Cut : CutMatrix<T, kStay> {
       const unsigned i = start + threadIdx.x;
       const float x = i < n ? vectors[i].x * scale + 0.0f : 0.0f;
       unsigned all;
-      const bool chosen_too = x > kRounding * most;
+      const bool chosen_too = x > kZero * most;
       const unsigned before = this->before_me(chosen_too, &all);  // all zeros are written
       if (i < n) a.vector[from + index[i]] = x;
       if (chosen_too) {

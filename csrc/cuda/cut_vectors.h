@@ -7,8 +7,7 @@
 namespace sma {
 namespace cuda {
 
-constexpr float kNothing = 1e-6f;  // eigenvalues up to here count as 0
-constexpr float kEnough = 0.1f;    // of a vector's square, left beside those before it
+constexpr float kEnough = 0.1f;  // of a vector's square, left beside those before it
 
 struct CutShared {
   double turn[kVectors][kVectors], values[kVectors];
@@ -57,15 +56,9 @@ class CutVectors : protected BlockSums {
 
   // Each thread reads and writes its own tokens only in what follows.
 
-  // Deterministic noise in [-1, 1).
   __device__ void start(int j, unsigned round) {
-    for (unsigned i = threadIdx.x; i < n; i += kThreads) {
-      uint32_t x = (i * kVectors + j + 1) * 2654435761u + round * 40503u;
-      x ^= x >> 15;
-      x *= 2246822519u;
-      x ^= x >> 13;
-      part(vectors + i, 0)[j] = static_cast<float>(static_cast<int32_t>(x)) * 4.656612873e-10f;
-    }
+    for (unsigned i = threadIdx.x; i < n; i += kThreads)
+      part(vectors + i, 0)[j] = cut_noise(i, static_cast<unsigned>(j), round);
   }
 
   // Makes vector j orthogonal to the trivial one and to those before it, and of length 1; noise

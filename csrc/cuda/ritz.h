@@ -1,11 +1,10 @@
 // Eigenvectors of a 4 x 4 matrix by one thread, which all others of the block wait for.
 #pragma once
+#include "../cut_rules.h"
 #include "device.h"
 
 namespace sma {
 namespace cuda {
-
-constexpr int kVectors = 4;
 
 // As small_eigen does, but for what takes long in double: the angle of a rotation, which is only to
 // be near, is found in float, and the rotation is one in double all the same. Rotations of

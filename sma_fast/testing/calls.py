@@ -20,6 +20,7 @@ OPS = (
     "self_guided_masking",
     "random_masking",
     "bipartition",
+    "informed_scores",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = DTYPES[:3]  # what every implementation of every op takes
@@ -29,7 +30,8 @@ NATIVE_DTYPES = DTYPES[:3]  # what every implementation of every op takes
 class Case:
     """Named inputs of one op: `build` returns the keyword arguments of the public function.
 
-    A "seed" among them stands for a generator seeded so; "tokens" of self_guided_masking is a list.
+    A "seed" among them stands for a generator seeded so; "tokens" of self_guided_masking is a list,
+    and "labels" of informed_scores are those of its bipartition.
     """
 
     name: str
@@ -49,6 +51,9 @@ def call(op: str, inputs: dict) -> Any:
     if "seed" in inputs:
         inputs["generator"] = torch.Generator(device_of(inputs)).manual_seed(inputs.pop("seed"))
     function = getattr(sma_fast, op)
+    if op == "informed_scores":
+        labels = inputs.pop("labels")
+        inputs["bipartition"] = sma_fast.Bipartition(None, labels, None, None, None)
     if op == "self_guided_masking":
         query, key, tokens = (inputs.pop(name) for name in ("query", "key", "tokens"))
         return function(query, key, *tokens, **inputs)

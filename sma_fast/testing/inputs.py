@@ -196,6 +196,27 @@ def cut_inputs(
     return inputs | options
 
 
+def informed_inputs(
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch: int = 3,
+    tokens: int = 12,
+    labels: str = "random",
+    **options: Any,
+) -> dict:
+    """Embeddings as `cut_inputs` makes them, and labels: "random", "none", "all" or "first"."""
+    cut = {x: options.pop(x) for x in ("width", "values", "padding") if x in options}
+    inputs = cut_inputs(dtype, batch=batch, tokens=tokens, **cut)
+    chosen = torch.rand(batch, tokens, generator=rng(1)) < 0.3
+    if labels == "none" or labels == "all":
+        chosen = torch.full_like(chosen, labels == "all")
+    elif labels == "first":
+        chosen = (torch.arange(tokens) == 0).expand(batch, -1).contiguous()
+    else:
+        assert labels == "random", labels
+    return inputs | {"labels": chosen} | options
+
+
 def select_inputs(
     dtype: torch.dtype = torch.float32,
     *,
