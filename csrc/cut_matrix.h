@@ -2,10 +2,11 @@
 //
 // They are applied as x (x^T v), which costs less than their matrix where few products are enough,
 // as they mostly are. Where they are not, their matrix is made of the rows after all, up to
-// kStoredTokens tokens: one half in the register tiles of attention_scores, the other half copied.
+// kStoredTokens tokens: one half in register tiles, as attention_scores multiplies, the other half
+// copied.
 #pragma once
-#include "attention_scores.h"
 #include "cut_rules.h"
+#include "logit_tiles.h"
 #include "unit_rows.h"
 
 namespace sma {
