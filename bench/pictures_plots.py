@@ -78,7 +78,7 @@ def masks(path: Path, model: torch.nn.Module, pixels: Tensor) -> None:
         ("score", grid(scores), "viridis"),
         ("informed mask", hidden * ~grid(informed).astype(bool)[..., None], None),
         (
-            f"with hints, half way,\n{policy.hints(half_way):.0%} at random",
+            f"half way: hints are\n{policy.hints(half_way):.0%} of what is visible",
             hidden * ~grid(hinted.mask).astype(bool)[..., None],
             None,
         ),

@@ -54,7 +54,7 @@ def build(shape: Shape, device: str, dtype: torch.dtype, quick: bool = False) ->
 
 
 def mask(step: Step) -> Callable[[], Tensor]:
-    """Returns what cuts the known embeddings and masks, a tenth of it hints."""
+    """Returns what cuts the known embeddings and masks, as the policy does at the end."""
     return functools.partial(_mask, step)
 
 

@@ -11,8 +11,11 @@
 namespace sma {
 namespace SMA_ISA {
 
-constexpr int kDirectTokens = 8;   // the matrix pays after an iteration for each so many tokens
-constexpr double kFarBelow = 0.8;  // of the second eigenvalue, that a polynomial tells from it
+constexpr int kDirectTokens = 8;     // the matrix pays after an iteration for each so many tokens
+constexpr double kFarBelow = 0.8;    // of the second eigenvalue, that a polynomial tells from it
+constexpr int kFewProducts = 8;      // from here on polynomials are of higher degrees,
+constexpr int kMostDegree = 8;       // up to this,
+constexpr double kMostGrowth = 1e3;  // while the vectors stay apart in floats
 
 template <class T>
 class Cut : CutMatrix<T> {
@@ -32,10 +35,9 @@ class Cut : CutMatrix<T> {
       for (int j = 0; j < size; ++j) gram_schmidt(vectors, j, 0);
       for (int64_t i = 0; i < a.iterations && !converged; ++i) {
         if (plan.stored && !filled && i >= n / kDirectTokens) this->fill_matrix();
-        if (i > 1 && i + 1 < a.iterations && values[kVectors - 1] > kNothing &&
-            values[kVectors - 1] < kFarBelow * values[0]) {
-          filter(static_cast<float>(values[kVectors - 1]));
-          ++i;
+        if (const int degree = degree_for(i, values); degree > 1) {
+          filter(static_cast<float>(values[kVectors - 1]), degree);
+          i += degree - 1;
         }
         if (i > 0) next_vectors(size, i);
         this->multiply(size);
@@ -81,17 +83,40 @@ class Cut : CutMatrix<T> {
     for (int64_t i = 0; i < n; ++i) v[i] *= factor;
   }
 
-  // Instead of the product with the matrix, a polynomial of it of the second degree: Chebyshev's,
-  // which is small on [0, bound], where what is not wanted lies, and grows fastest above. It takes
-  // one more product.
-  void filter(float bound) {
+  // The degree of the polynomial that product i becomes; 1: a product. The bound on what is not
+  // wanted is the last value, which is right only after some products unless it lies far below.
+  int degree_for(int64_t i, const double (&values)[kVectors]) const {
+    const double x = 2 * values[0] / values[kVectors - 1] - 1;
+    const bool far_below = values[kVectors - 1] < kFarBelow * values[0];
+    if (i < 2 || !(values[kVectors - 1] > kNothing) || !(far_below || i >= kFewProducts)) return 1;
+    const int64_t most = i < kFewProducts ? 2 : smaller<int64_t>(kMostDegree, a.iterations - i);
+    if (i + 2 > a.iterations) return 1;
+    int degree = 2;
+    for (double last = x, now = 2 * x * x - 1; degree < most && now < kMostGrowth; ++degree) {
+      const double next = 2 * x * now - last;
+      last = now;
+      now = next;
+    }
+    return degree;
+  }
+
+  // Instead of the product with the matrix, a polynomial of it: Chebyshev's, which is small on
+  // [0, bound], where what is not wanted lies, and grows fastest above. Each degree takes a
+  // product; the last one is left to the caller.
+  void filter(float bound, int degree) {
     const int64_t size = kVectors * plan.padded;
-    const float half = bound / 2, inverse = 1 / half;
+    const float inverse = 2 / bound;
     memcpy(before, vectors, static_cast<size_t>(size) * sizeof(float));
     for (int64_t i = 0; i < size; ++i) vectors[i] = products[i] * inverse - vectors[i];
-    this->multiply(kVectors);
-    for (int64_t i = 0; i < size; ++i)
-      products[i] = 2 * (products[i] * inverse - vectors[i]) - before[i];
+    for (int d = 2;; ++d) {
+      this->multiply(kVectors);
+      for (int64_t i = 0; i < size; ++i) {
+        products[i] = 2 * (products[i] * inverse - vectors[i]) - before[i];
+        before[i] = vectors[i];
+        vectors[i] = products[i];
+      }
+      if (d == degree) return;
+    }
   }
 
   void next_vectors(int size, int64_t round) {

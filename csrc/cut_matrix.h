@@ -82,8 +82,7 @@ class CutMatrix {
       const RowScale found = row_scale(row(i), a.width);
       if (found.factor != found.factor) return false;
       extreme = extreme || found.extreme;
-      // of a row of subnormals the float would be infinite
-      scale[i] = static_cast<float>(smaller(found.factor, 3e38));
+      scale[i] = static_cast<float>(found.factor);
     }
     return true;
   }

@@ -1,5 +1,5 @@
-// What bipartition's vectors have in common on the CPU and in CUDA. kernels/bipartition.py follows
-// the same rules with two vectors.
+// What bipartition has in common on the CPU and in CUDA. kernels/bipartition.py follows the same
+// rules with two vectors.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,8 @@
 namespace sma {
 
 constexpr int kVectors = 4;
-constexpr float kNothing = 1e-6f;  // eigenvalues up to here count as 0
+constexpr double kShortest = 1.17549435e-38;  // a row shorter than a normal float counts as 0
+constexpr float kNothing = 1e-6f;             // eigenvalues up to here count as 0
 constexpr float kSignTie = 1e-3f;  // entries within this share of the largest count as large,
 constexpr float kZero = 1e-4f;     // and up to this share of it as 0, but for rounding
 

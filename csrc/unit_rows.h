@@ -1,6 +1,7 @@
 // Rows as vectors of length 1: the factor that makes them so, and what adds up floats in doubles.
 #pragma once
 #include "cpu/vec.h"
+#include "cut_rules.h"
 
 namespace sma {
 namespace SMA_ISA {
@@ -30,8 +31,9 @@ float squares(const T* x, int64_t width) {
 }
 
 struct RowScale {
-  double factor;  // one over the row's length; 0 for a zero row, NaN for one that is not finite
-  bool extreme;   // the row is so long or short that floats may not hold its products
+  double
+      factor;    // one over the row's length; 0 for a row that is 0, NaN for one that is not finite
+  bool extreme;  // the row is so long or short that floats may not hold its products
 };
 
 template <class T>
@@ -41,7 +43,8 @@ RowScale row_scale(const T* x, int64_t width) {
   sum = 0;  // a float cannot tell
   for (int64_t d = 0; d < width; ++d) sum += static_cast<double>(to_float(x[d])) * to_float(x[d]);
   if (!(sum < __builtin_huge_val())) return {__builtin_nan(""), true};
-  return sum > 0 ? RowScale{1 / __builtin_sqrt(sum), true} : RowScale{0, false};
+  const double length = __builtin_sqrt(sum);
+  return length < kShortest ? RowScale{0, false} : RowScale{1 / length, true};
 }
 
 }  // namespace SMA_ISA

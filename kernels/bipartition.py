@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS = 2048  # in a block, at most: more do not fit in registers
 _BYTES = 64  # of a chunk, in a thread's registers
 _NOTHING = tl.constexpr(1e-6)  # eigenvalues up to here count as 0
+_SHORTEST = tl.constexpr(1.17549435e-38)  # a row shorter than a normal number counts as 0
 
 
 @triton.jit
@@ -54,8 +55,8 @@ def scales_of(rows, valid, width, feature_stride, CHUNK: tl.constexpr):
         squares = squares * (most / base) * (most / base) + tl.sum(x * x, 1)
         most = now
     length = most * tl.sqrt(squares)
-    scale = tl.where(length > 0.0, 1.0 / tl.where(length > 0.0, length, 1.0), 0.0)
-    return tl.minimum(scale, 3e38), tl.sum(tl.where(squares == squares, 0, 1))
+    scale = tl.where(length < _SHORTEST, 0.0, 1.0 / tl.where(length < _SHORTEST, 1.0, length))
+    return scale, tl.sum(tl.where(squares == squares, 0, 1))
 
 
 @triton.jit

@@ -14,19 +14,21 @@ from .selection import rows_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTH = 16384  # features of a row, at most: more do not fit in registers
 _COUNTED = tl.constexpr(1024)  # tokens at a time
+_SHORTEST = tl.constexpr(1.17549435e-38)  # a row shorter than a normal number counts as 0
 
 
 @triton.jit
 def unit_rows(rows, valid, width, feature_stride, WIDTH: tl.constexpr):
-    """Returns (ROWS, WIDTH) rows of length 1; 0 for zero rows, NaN for what is not finite."""
+    """Returns (ROWS, WIDTH) rows of length 1, or 0; NaN for what is not finite."""
     feature = tl.arange(0, WIDTH)
     place = feature.to(tl.int64) * feature_stride
     mask = valid[:, None] & (feature < width)[None, :]
     x = tl.load(rows[:, None] + place[None, :], mask=mask, other=0.0).to(tl.float32)
     most = tl.max(tl.abs(x), 1)
     x = x / tl.where(most == 0.0, 1.0, most)[:, None]  # squares of extremes leave the range
-    squares = tl.sum(x * x, 1)
-    return x / tl.sqrt(tl.where(squares == 0.0, 1.0, squares))[:, None]
+    length = tl.sqrt(tl.sum(x * x, 1))
+    short = most * length < _SHORTEST
+    return tl.where(short[:, None], 0.0, x / tl.where(short, 1.0, length)[:, None])
 
 
 @triton.jit

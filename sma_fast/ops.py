@@ -602,8 +602,9 @@ def bipartition(
     The sign: the entry of largest size is positive, the first one where several are as large but
     for a thousandth. A patch is labelled True where the vector is above 0, which is its mean
     weighted by the degrees (above a ten-thousandth of that entry, as rounding decides what is 0).
-    A zero embedding has cosine 0 with every other and itself. Where there
-    is nothing to cut (one patch, equal embeddings) vector, labels and `converged` are 0.
+    A zero embedding, or one shorter than a normal number, has cosine 0 with every other and itself.
+    Where there is nothing to cut (one patch, equal embeddings) vector, labels and `converged` are
+    0.
 
     Args:
         embeddings: (B, N, C), N at least 1, float32, bfloat16, float16 or float64; finite where
@@ -613,7 +614,8 @@ def bipartition(
             3000). On a GPU a sample that is not finite is not cut; SMA_FAST_CHECK=1 raises.
         key_padding_mask: (B, N) bool, True = padding.
         method: "ncut" or "pca".
-        iterations: products with the matrix, at most; at least 1.
+        iterations: products with the matrix, at most; at least 1. Embeddings of pictures take 4 to
+            32 of them, random ones, whose eigenvalues lie close together, many more.
         tol: the largest angle to the exact vector, in radians, for which `converged` is True; above
             0. It is bounded by the residual over the gap to the next eigenvalue.
         similarity: "cosine".
@@ -651,8 +653,8 @@ def informed_scores(
 ) -> Tensor:
     """Returns each patch's cosine similarity to the mean of one of the two clusters.
 
-    `select_tokens` then masks the patches most like it; a random share of it leaves some as
-    hints. Equivalent PyTorch, without padding::
+    `select_tokens` then masks the patches most like it; its `pool_ratio` leaves some of them
+    visible, as hints. Equivalent PyTorch, without padding::
 
         x = torch.nn.functional.normalize(embeddings, dim=2)
         mean = (x * labels[:, :, None]).sum(1, keepdim=True)

@@ -238,13 +238,11 @@ def bipartition(
     embeddings = without_padding(embeddings, key_padding_mask)
     check_finite("embeddings", embeddings)
     batch, tokens, _ = embeddings.shape
-    x = embeddings.double()
-    valid = torch.ones((batch, tokens), dtype=torch.float64, device=x.device)
+    valid = torch.ones((batch, tokens), dtype=torch.float64, device=embeddings.device)
     if key_padding_mask is not None:
         valid = (~key_padding_mask).double()
     number = valid.sum(1)[:, None].clamp(min=1)  # (B, 1)
-    length = x.norm(dim=2, keepdim=True)
-    x = torch.where(length > 0, x / length, 0.0) * valid[:, :, None]
+    x = _unit_rows(embeddings)
     cosine = x @ x.transpose(1, 2)  # (B, N, N); 0 with a zero row
     if method == "ncut":
         weight = (valid[:, :, None] * valid[:, None, :] + cosine) / 2
@@ -271,7 +269,7 @@ def bipartition(
     eigenvalue = torch.where(found, value, 0.0)
     if method == "ncut":
         eigenvalue = 1 - eigenvalue
-    converged = found & (value - next_value > 1e-6)
+    converged = found & (value - next_value > 1e-5 * value)
     ids = _compact(labels, labels.cumsum(1) - 1, tokens)
     return vector.float(), labels, ids, eigenvalue.float(), converged
 
@@ -295,11 +293,7 @@ def informed_scores(
         "larger": others_number > number,
     }[cluster]
     member = torch.where(swap[:, None], others, member)
-    x = embeddings.double()
-    largest = x.abs().amax(2, keepdim=True)
-    x = x / torch.where(largest == 0, 1.0, largest)  # squares of extremes leave the range
-    length = x.norm(dim=2, keepdim=True)
-    x = x / torch.where(length == 0, 1.0, length)
+    x = _unit_rows(embeddings)
     total = torch.where(member[:, :, None], x, 0.0).sum(1, keepdim=True)
     mean = total / member.sum(1).clamp(min=1)[:, None, None]
     length = mean.norm(dim=2, keepdim=True)  # (B, 1, 1)
@@ -358,6 +352,17 @@ def check_finite(name: str, x: Tensor) -> None:
 def raise_index_error(name: str, value: int, low: int, high: int | None) -> None:
     allowed = f"at least {low}" if high is None else f"{low} to {high - 1}"
     raise ValueError(f"{name}: holds {value}, allowed is {allowed}")
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Returns (B, N, C) float64 rows of length 1; 0 for those shorter than a normal number."""
+    shortest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).tiny
+    x = x.double()
+    largest = x.abs().amax(2, keepdim=True)
+    x = x / torch.where(largest == 0, 1.0, largest)  # squares of extremes leave the range
+    length = x.norm(dim=2, keepdim=True)
+    short = largest * length < shortest
+    return torch.where(short, 0.0, x / torch.where(short, 1.0, length))
 
 
 def _take_rows(x: Tensor, query_index: Tensor | None) -> Tensor:

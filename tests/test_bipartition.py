@@ -174,7 +174,7 @@ def test_padding_may_hold_anything(backend, tokens):
     assert_same(backend.expected(OP, inputs).labels, plain.labels)
 
 
-@pytest.mark.parametrize("factor", (1e30, 1e-30))
+@pytest.mark.parametrize("factor", (1e30, 1e-30, 1e-36))
 def test_long_and_short_rows(backend, factor):
     x = cut_inputs(tokens=40)["embeddings"]
     plain = call(OP, backend.inputs({"embeddings": x}))
@@ -182,6 +182,39 @@ def test_long_and_short_rows(backend, factor):
     found = call(OP, backend.inputs({"embeddings": x}))
     assert bool(found.converged.all())
     assert_same(found.labels, plain.labels)
+
+
+@pytest.mark.parametrize("tokens", (40, 300))
+def test_rows_shorter_than_a_normal_number_are_zero_rows(backend, tokens):
+    x = cut_inputs(tokens=tokens, tol=1e-4)["embeddings"]
+    x[:, ::2] = 0
+    plain = call(OP, backend.inputs({"embeddings": x}))
+    x[:, ::2] = 1e-40
+    assert bool((x[:, ::2] != 0).all())
+    inputs = backend.inputs({"embeddings": x})
+    assert_same(call(OP, inputs), plain)
+    assert_same(backend.expected(OP, inputs).labels, plain.labels)
+
+
+@pytest.mark.one_instruction_set
+@pytest.mark.not_interpreted
+def test_random_embeddings_of_the_usual_size(backend):
+    """Their eigenvalues lie close together: they take many iterations, and are then cut right."""
+    number = 1 if str(backend.device) == "cpu" and backend.backend == "cuda" else 4  # emulated
+    x = torch.randn(number, 196, 768, generator=torch.Generator().manual_seed(0))
+    inputs = backend.inputs({"embeddings": x, "iterations": 600})
+    found, expected = call(OP, inputs), backend.expected(OP, inputs)
+    assert bool(found.converged.all())
+    assert agreement(found, expected) >= 0.999
+
+
+def test_double_rows_beyond_float():
+    x = cut_inputs(torch.float64)["embeddings"]
+    plain = sma_fast.bipartition(x)
+    for factor in (1e200, 1e-200):
+        found = sma_fast.bipartition(x * factor)
+        assert_same(found.labels, plain.labels)
+        assert bool(found.converged.all())
 
 
 def pictures(number: int) -> torch.Tensor:

@@ -65,7 +65,8 @@ class CutMatrix : protected CutVectors {
     for (unsigned i = threadIdx.x; i < n; i += kThreads) {
       const double sum = total(squares, i);
       finite &= sum < __builtin_huge_val();
-      factor[i] = sum > 0 ? static_cast<float>(fmin(1 / sqrt(sum), 3e38)) : 0.0f;
+      const double length = sqrt(sum);
+      factor[i] = length < kShortest ? 0.0f : static_cast<float>(1 / length);
     }
     return __syncthreads_and(finite);
   }

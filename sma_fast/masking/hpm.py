@@ -45,13 +45,16 @@ class HPMMasking(nn.Module):
         hidden_width: int | None = None,
     ) -> None:
         super().__init__()
+        _check.positive_count("width", width)
+        if hidden_width is not None:
+            _check.positive_count("hidden_width", hidden_width)
         if mask_ratio is not None:
             _check.ratio("mask_ratio", mask_ratio)
         _check.ratio("initial_share", initial_share)
         _check.ratio("final_share", final_share)
         self.mask_ratio, self.layer = mask_ratio, layer
         self.initial_share, self.final_share = initial_share, final_share
-        hidden_width = hidden_width or width
+        hidden_width = width if hidden_width is None else hidden_width
         self.predictor = nn.Sequential(
             nn.LayerNorm(width),
             nn.Linear(width, hidden_width),

@@ -10,7 +10,7 @@ from torch import Tensor
 from sma_fast import _check
 
 _WHOLE = (0.0, 0.0, 1.0, 1.0, 0.0)  # a picture as it is
-_MAGIC = b"sma_fast patch scores 1\n"  # what every table's file begins with; 1 is of the rows
+_MAGIC = b"sma_fast patch scores 2\n"  # what every table's file begins with; 2 is of the rows
 _HEADER = 64  # bytes, the magic among them
 
 
@@ -23,7 +23,7 @@ class ScoreTable:
     those of its edge.
 
     Args:
-        file: made where it is not there, of 2 N + 24 bytes a picture; else opened.
+        file: made where it is not there, of 4 N + 24 bytes a picture; else opened.
         pictures: how many, at least 1.
         patches: N, a square number.
 
@@ -39,7 +39,7 @@ class ScoreTable:
         if self.side**2 != patches:
             raise ValueError(f"patches: got {patches}, allowed is a square number")
         # "stored": of an epoch 1 more than it, 0 where nothing was
-        row = np.dtype([("stored", "<i4"), ("view", "<f4", 5), ("scores", "<f2", patches)])
+        row = np.dtype([("stored", "<i4"), ("view", "<f4", 5), ("scores", "<f4", patches)])
         file = Path(file)
         header = _MAGIC + f"{pictures} pictures of {patches} patches\n".encode()
         size = _HEADER + pictures * row.itemsize
@@ -81,7 +81,7 @@ class ScoreTable:
         rows = self._rows[self._checked(index)]
         stored = rows["stored"]
         fresh = torch.from_numpy((stored > max(since, 0)) & (stored <= until + 1))
-        scores = torch.from_numpy(rows["scores"].astype(np.float32))
+        scores = torch.from_numpy(rows["scores"].copy())
         scores = torch.where(fresh[:, None], scores, 0.0)
         made = torch.from_numpy(rows["view"].copy())
         return self._seen(scores, made, _views(view, len(scores))), fresh

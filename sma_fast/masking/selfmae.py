@@ -22,7 +22,7 @@ _CHOICES = {
     "method": ("ncut", "pca"),
     "threshold": ("zero", "mean", "median"),
     "cluster": ("object", "background", "smaller", "larger"),
-    "hints_by": ("random", "score"),
+    "hints_by": ("random", "score", "rest"),
     "decay": tuple(_DECAYS),
 }
 
@@ -31,8 +31,8 @@ _CHOICES = {
 class SelfMAEMasking:
     """Masks at random until `start`, then the patches most like the object's cluster.
 
-    The mask of a picture stays random where there is nothing to cut, where its cut has not
-    converged, and while the share of hints leaves no patch to mask by rank.
+    Some of these stay visible, as hints. The mask of a picture stays random where there is nothing
+    to cut, where its cut has not converged, and while hints are all that is visible.
 
     The paper leaves open which layer, where to cut its vector, which cluster, when to begin and how
     many hints; each is an argument here.
@@ -49,14 +49,18 @@ class SelfMAEMasking:
             is the mean weighted by the patches' degrees, and needs no other pass.
         cluster: whose patches are hidden, of `sma_fast.informed_scores`. The object.
         iterations, tol: of `sma_fast.bipartition`, whose defaults they are.
-        initial_hints: the share of the masked patches that is drawn at random at `start`, and so
-            leaves as many of the object visible. All: the step from random masks is a small one.
-        final_hints: the same at the end. A tenth: hints helped in the paper, none are worse.
+        initial_hints: the share of the visible patches that are hints, at `start`. All: with
+            hints drawn at random that is a random mask, and the step from those is a small one.
+        final_hints: the same at the end. A tenth (chosen): the paper says that hints help, and not
+            how many.
         decay: from one to the other, t from 0 to 1: "quadratic" for 1 - t^2, "linear" for 1 - t,
             "cosine" for (1 + cos(pi t)) / 2. Quadratic: another implementation's, slow at first.
-        hints_by: "random", or "score" to leave the highest-scoring patches visible and to mask the
-            next ones instead, as many as the draw leaves visible on average. Random: each patch of
-            the object is then hidden in most steps and a hint in some.
+        hints_by: which patches the h hints are. "random": drawn from the k + h most like the
+            object, of which the other k are masked. "score": the h most like it. "rest": of the
+            masked patches a share as large as that of the hints is drawn from all that are not
+            masked by rank (`random_fraction` of `sma_fast.select_tokens`); the object shows only
+            while that share is large. Random: each patch of the object is then hidden in most
+            steps and a hint in some.
         refresh: epochs for which a picture's scores are kept where `table` is given. Five (chosen):
             that saves four of five unmasked forwards.
         table: file of the scores that are kept; it is made, or opened where it is. Default: scores
@@ -107,7 +111,7 @@ class SelfMAEMasking:
         self._opened: ScoreTable | None = None
 
     def hints(self, progress: float) -> float:
-        """Returns the share of the masked patches that is left to hints.
+        """Returns the share of the visible patches that are hints.
 
         1 before `start`; from there initial_hints to final_hints, along `decay`.
 
@@ -115,10 +119,13 @@ class SelfMAEMasking:
             progress: the share of training that is done, in [0, 1].
         """
         _check.ratio("progress", progress)
-        if progress < self.start or self.start == 1:
+        if self._waits(progress):
             return 1.0
         left = _DECAYS[self.decay]((progress - self.start) / (1 - self.start))
         return self.final_hints + (self.initial_hints - self.final_hints) * left
+
+    def _waits(self, progress: float) -> bool:
+        return progress < self.start or self.start == 1
 
     def __call__(
         self,
@@ -155,8 +162,15 @@ class SelfMAEMasking:
         _check.generator(generator)
         if self.table is not None:
             _check_kept(pixels, index, epoch, view, whole)
-        number, hints = number_for(model, self.mask_ratio), self.hints(progress)
-        if round((1 - hints) * number) == 0:
+        number, share = number_for(model, self.mask_ratio), self.hints(progress)
+        patches = model.config.num_patches
+        hints = round(share * (patches - number))
+        all_drawn = {
+            "random": number + hints == patches,
+            "score": False,
+            "rest": round((1 - share) * number) == 0,
+        }[self.hints_by]
+        if all_drawn or self._waits(progress):
             return RandomMasking(self.mask_ratio)(model, pixels, generator=generator)
         if self.table is None:
             scores = self.scores(model, pixels)
@@ -166,14 +180,16 @@ class SelfMAEMasking:
         nothing = (scores == 0).all(dim=1, keepdim=True)
         scores = torch.where(nothing, _draws.rand(scores.shape, generator, scores.device), scores)
         if self.hints_by == "random":
+            pool = (number + hints) / patches
             return ops.select_tokens(
-                scores, num_masked=number, random_fraction=hints, generator=generator
+                scores, num_masked=number, pool_ratio=pool, generator=generator
             )
-        drawn, visible = number - round((1 - hints) * number), scores.shape[1] - number
-        if drawn and visible:  # of the highest ones, as many as a draw leaves visible
-            shown = ops.select_tokens(scores, num_masked=round(drawn * visible / (drawn + visible)))
-            scores = scores.masked_fill(shown.mask, float("-inf"))
-        return ops.select_tokens(scores, num_masked=number)
+        if self.hints_by == "rest":
+            return ops.select_tokens(
+                scores, num_masked=number, random_fraction=share, generator=generator
+            )
+        shown = ops.select_tokens(scores, num_masked=hints)
+        return ops.select_tokens(scores.masked_fill(shown.mask, -math.inf), num_masked=number)
 
     def scores(self, model: Any, pixels: Tensor) -> Tensor:
         """Returns how like the object's cluster each patch is, (B, N) float32.

@@ -325,6 +325,7 @@ _CUT = {
     "width 1": {"width": 1, "values": "normal"},
     "width 33": {"width": 33},
     "equal": {"values": "equal"},
+    "nearly equal": {"values": "alike", "tokens": 40},
     "all zero": {"values": "zero", "method": "pca"},
     "a zero row": {"values": "a zero row"},
     "huge": {"values": "huge"},
