@@ -11,7 +11,12 @@ import sma_fast
 from sma_fast.masking.random import count_masked
 from sma_fast.masking.selfmae import SelfMAEMasking
 
-COLOURS = {"random": "#2d6cb4", "attmask": "#4f9d57", "selfmae": "#c8502d"}
+COLOURS = {
+    "random": "#2d6cb4",
+    "attmask": "#4f9d57",
+    "selfmae": "#c8502d",
+    "selfmae-kept": "#c9a227",
+}
 
 
 def curves(path: Path, summary: dict) -> None:

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -136,8 +137,13 @@ def cell(entry: dict[str, Any], digits: int = 3) -> str:
     return f"{entry['mean']:.{digits}f}{spread}"
 
 
-def save(what: str, summary: dict[str, Any]) -> None:
-    """Writes a summary into bench/results, named after what was run, its date and its scale."""
+def save(what: str, summary: dict[str, Any], figures: Sequence[Path] = ()) -> None:
+    """Writes a summary into bench/results, named after what was run, its date and its scale.
+
+    Figures go beside it, with their own names behind that one.
+    """
     path = RESULTS / f"{what}-{summary['date']}-{summary['scale']}.json"
     path.write_text(json.dumps(summary, indent=1) + "\n")
+    for figure in figures:
+        shutil.copyfile(figure, path.with_name(f"{path.stem}-{figure.name}"))
     print(f"saved: {path}")

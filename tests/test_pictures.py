@@ -1,5 +1,6 @@
 """`python -m bench.pictures` on pictures made up here: runs, their table, figures, and going on."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -18,6 +19,8 @@ sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind w
 from bench import pictures, pictures_plots, pictures_probe, runs  # noqa: E402
 from sma_fast.masking.selfmae import SelfMAEMasking  # noqa: E402
 from sma_fast.models import MAEConfig, MAEForPretraining  # noqa: E402
+from sma_fast.training import run as training_run  # noqa: E402
+from sma_fast.training.mae_presets import mae_policy  # noqa: E402
 
 MASKS = ("random", "selfmae")
 TRIED = ("--epochs", "2", "--pictures", "40", "--seeds", "1", "--jobs", "1", "--masks", *MASKS)
@@ -162,6 +165,21 @@ def test_full_resizes_and_each_seed_has_its_own_untrained_model(
     inputs = json.loads((tmp_path / "selfmae-0" / "data.json").read_text())["inputs"]
     assert inputs["size"] == [64, 64] and inputs["resize"] == "bilinear"
     assert (tmp_path / "masks.png").stat().st_size > 10_000
+
+
+def test_kept_scores_are_selfmae_s_with_a_table(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(training_run, "pretrain", lambda train, _: asked.append(train))
+    options = argparse.Namespace(
+        out=tmp_path, zip=data / "x.zip", chosen=pictures.SCALES["small"], pictures=None
+    )
+    pictures._pretrain("selfmae-kept", 0, options)
+    (train,) = asked
+    policy = mae_policy(train.mask, train.config(), train.masking, train.out)
+    assert isinstance(policy, SelfMAEMasking) and policy.refresh == 5
+    assert Path(policy.table) == tmp_path / "selfmae-kept-0" / "scores.bin"
 
 
 def test_the_scales_are_those_of_their_presets() -> None:
