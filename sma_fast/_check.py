@@ -102,17 +102,21 @@ def choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 def flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is True or False")
+        raise TypeError(f"{name}: got {_shown(value)}, allowed is True or False")
 
 
 def number(name: str, value: float) -> None:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is a number")
+        raise TypeError(f"{name}: got {_shown(value)}, allowed is a number")
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str) else type(value).__name__
 
 
 def ratio(name: str, value: float, low: float = 0.0) -> None:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is a float in [{low}, 1]")
+        raise TypeError(f"{name}: got {_shown(value)}, allowed is a float in [{low}, 1]")
     if not low <= value <= 1:
         raise ValueError(f"{name}: got {value}, allowed is [{low}, 1]")
 
@@ -131,7 +135,7 @@ def shares(random_fraction: float, pool_ratio: float | None, mask_ratio: float |
 def count(name: str, value: int, high: int | None) -> None:
     # `high` is put into words only to raise: under torch.compile that would pin the size
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is an int of at least 0")
+        raise TypeError(f"{name}: got {_shown(value)}, allowed is an int of at least 0")
     if high is None and value < 0:
         raise ValueError(f"{name}: got {value}, allowed is an int of at least 0")
     if high is not None and (value < 0 or value > high):
@@ -140,7 +144,7 @@ def count(name: str, value: int, high: int | None) -> None:
 
 def positive_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed is an int of at least 1")
+        raise TypeError(f"{name}: got {_shown(value)}, allowed is an int of at least 1")
     if value < 1:
         raise ValueError(f"{name}: got {value}, allowed is an int of at least 1")
 

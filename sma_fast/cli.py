@@ -156,8 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     if options.command == "info":
-        print(_info())
-        return 0
+        return _print(_info())
     if options.command == "demo":
         return _demo(demo, options)
     return _train(commands.choices[options.command], options)
@@ -385,6 +384,14 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         demo.run(options.out, seeds=options.seeds, steps=options.steps or demo.STEPS)
     except demo_backends.BackendMismatch as error:
         return _fail(error)
+    return 0
+
+
+def _print(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nobody reads on, such as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -142,7 +142,7 @@ BAD = {  # name, contents, message
     "no name": ("a.csv", "a,\n1,2\n", r"line 1: got column name ''"),
     "not utf-8": ("a.txt", b"AB\nA\xffB\n", r", line 2: got byte 0xff at position 2"),
     "header only": ("a.csv", "a,b\n", r": got no rows"),
-    "empty csv": ("a.csv", "", r": got no rows \(the file is empty"),
+    "empty csv": ("a.csv", "", r": got no rows \(empty, or a header only"),
     "empty text": ("a.txt", "\n\n", r": got no rows"),
     "empty jsonl": ("a.jsonl", "", r": got no rows"),
     "fasta without header": ("a.fa", "\nMKV\n>a\nM\n", r", line 2: got 'MKV' before any"),

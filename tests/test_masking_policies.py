@@ -189,8 +189,11 @@ def test_hpm_learns_which_patches_are_hard() -> None:
         (lambda: AttMaskMasking("low"), "kind: got 'low', allowed is 'high', 'hint'"),
         (lambda: AttMaskMasking(hint_share=-0.1), "hint_share: got -0.1"),
         (lambda: AttMaskMasking(mask_ratio=2.0), "mask_ratio: got 2.0"),
-        (lambda: HPMMasking(8, mask_ratio="x"), "mask_ratio: got str"),
+        (lambda: HPMMasking(8, mask_ratio="x"), "mask_ratio: got 'x'"),
         (lambda: HPMMasking(8, final_share=2.0), "final_share: got 2.0"),
+        (lambda: HPMMasking(0), "width: got 0, allowed is an int of at least 1"),
+        (lambda: HPMMasking(8, hidden_width=-3), "hidden_width: got -3, allowed is an int of at"),
+        (lambda: HPMMasking(8, hidden_width=0), "hidden_width: got 0, allowed is an int of at"),
         (lambda: HPMMasking(8).share(1.5), "progress: got 1.5"),
         (lambda: picture_policy("block", MAEConfig()), "name: got 'block', allowed is 'selfmae'"),
         (

@@ -446,7 +446,7 @@ def test_transformers_defaults() -> None:
     ("changes", "message"),
     [
         ({"image_size": 18}, "image_size: got 18, allowed is a multiple of patch_size"),
-        ({"patch_size": 0}, "patch_size: got 0, allowed is at least 1"),
+        ({"patch_size": 0}, "patch_size: got 0, allowed is an int of at least 1"),
         ({"hidden_size": 25}, "hidden_size: got 25, allowed is a multiple of 4 and of num_att"),
         ({"decoder_hidden_size": 18}, "decoder_hidden_size: got 18"),
         ({"mask_ratio": 1.0}, "mask_ratio: got 1.0"),
@@ -500,3 +500,12 @@ def test_layers_that_do_not_exist(layer: int) -> None:
     for function in (build().embeddings, build().attention_of_class_token):
         with pytest.raises(ValueError, match=rf"layer: got {layer}, allowed is an int in \[-3, 2"):
             function(pictures(), layer)
+
+
+def test_sizes_of_transformers_may_be_pairs() -> None:
+    theirs = pytest.importorskip("transformers").ViTMAEConfig()
+    given = theirs.to_dict() | {"image_size": [32, 32], "patch_size": (4, 4)}
+    config = MAEConfig.from_hugging_face(given)
+    assert (config.image_size, config.patch_size) == (32, 4)
+    with pytest.raises(ValueError, match=r"^image_size: got \[32, 64\], allowed is a number, or"):
+        MAEConfig.from_hugging_face(given | {"image_size": [32, 64]})

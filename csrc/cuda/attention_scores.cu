@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kMostSplits = 32;  // parts of the keys
 constexpr int64_t kMostRows = 4096;  // of a head, in one turn
+constexpr unsigned kTurnWarps = 8;   // of a block, at most
 
 // What one turn looks at.
 struct Turn {
@@ -24,12 +25,13 @@ struct Turn {
 };
 
 struct TurnShared {
-  RowSum sums[kMostRowTiles * kRowTile][kScoreWarps];
-  int counts[kScoreWarps];
+  RowSum sums[kMostRowTiles * kRowTile][kTurnWarps];
+  int counts[kTurnWarps];
 };
 
 template <int kType>
-__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTiles, kScoreMajor))
+__global__ void __launch_bounds__(kTurnWarps* kWarp,
+                                  score_blocks(kType, kFewTiles, kScoreMajor, kTurnWarps))
     row_sums_kernel(const __grid_constant__ AttentionScoresArgs a,
                     const __grid_constant__ Turn turn) {
   using Score = Scorer<kType, kFewTiles>;
@@ -91,7 +93,8 @@ __global__ void __launch_bounds__(256)
 }
 
 template <int kType>
-__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kFewTiles, kScoreMajor))
+__global__ void __launch_bounds__(kTurnWarps* kWarp,
+                                  score_blocks(kType, kFewTiles, kScoreMajor, kTurnWarps))
     column_sums_kernel(const __grid_constant__ AttentionScoresArgs a,
                        const __grid_constant__ Turn turn, int64_t blocks, bool adds) {
   using Score = Scorer<kType, kFewTiles>;
@@ -150,7 +153,7 @@ int in_turns(const AttentionScoresArgs& a, const Place& place) {
   const int64_t most_rows = std::min(std::max<int64_t>(a.selected, 1), kMostRows);
   const int64_t extra = sizeof(TurnShared) + most_rows * sizeof(int);
   const int64_t room_of_block = limits_of(place.device).shared_bytes;
-  unsigned warps = kScoreWarps * 2;
+  unsigned warps = kTurnWarps * 2;
   do {  // fewer where rows are so long that not a tile of keys fits for each
     warps /= 2;
     turn.memory = score_memory(a, warps, kFewTiles, a.tokens, 1, room_of_block - extra);

@@ -19,7 +19,7 @@ struct alignas(16) RowSumPair {
   RowSum of[2];
 };
 constexpr int kPairs = kScoreWarps / 2;
-static_assert(kPairs == kQuad, "each lane of a row reads the sums of two warps");
+static_assert(kPairs % kQuad == 0, "each lane of a row reads the sums of as many warps");
 
 // How a sample is shared.
 struct Plan {
@@ -172,8 +172,13 @@ class SampleScores {
 
   // What the keys of this block add up to.
   __device__ RowSum of_warps(int row) const {
-    const RowSumPair pair = row_sums[parity][row][lane() % kQuad];
-    return join_row(pair.of);
+    RowSum parts[kPairs / kQuad];
+#pragma unroll
+    for (int i = 0; i < kPairs / kQuad; ++i) {
+      const RowSumPair pair = row_sums[parity][row][lane() % kQuad + i * kQuad];
+      parts[i] = join(pair.of[0], pair.of[1]);
+    }
+    return join_row(parts);
   }
 
   // What the keys of all blocks add up to.

@@ -6,19 +6,24 @@
 namespace sma {
 namespace cuda {
 
-constexpr int kRowTile = 16;         // rows of an mma
-constexpr int kMostRowTiles = 4;     // of a chunk of rows
-constexpr int kTileGroup = 4;        // tiles of 8 keys that are skipped together
-constexpr int kStepBytes = 64;       // of a row of features: 16 bytes for each of 4 lanes
-constexpr unsigned kScoreWarps = 8;  // of a block, at most
-constexpr int kFewTiles = 8;         // of a warp, where two blocks share a multiprocessor,
-constexpr int kManyTiles = 16;       // and where a block has it alone
+constexpr int kRowTile = 16;          // rows of an mma
+constexpr int kMostRowTiles = 4;      // of a chunk of rows
+constexpr int kTileGroup = 4;         // tiles of 8 keys, one behind the other, skipped together
+constexpr int kStepBytes = 64;        // of a row of features: 16 bytes for each of 4 lanes
+constexpr unsigned kScoreWarps = 16;  // of a block, at most
+constexpr unsigned kWideWarps = 8;    // the same where a warp takes more registers
+constexpr int kFewTiles = 8;          // of a warp,
+constexpr int kManyTiles = 16;        // and where the warps are fewer
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLeastFactor = 1e-37f;  // instead of 0, which times -inf would be NaN
 
-// Blocks that share a multiprocessor, and its registers. Code for GPUs from 10.0 on needs more.
-constexpr int score_blocks(int type, int tiles, int major) {
-  return type != kFloat32 && tiles == kFewTiles && major < 10 ? 2 : 1;
+// Warps that a multiprocessor has registers for. Code for GPUs from 10.0 on needs more of them.
+constexpr unsigned score_warps(int type, int tiles, int major) {
+  return type != kFloat32 && tiles == kFewTiles && major < 10 ? kScoreWarps : kWideWarps;
+}
+// Blocks that share a multiprocessor's registers.
+constexpr unsigned score_blocks(int type, int tiles, int major, unsigned warps) {
+  return warps > kWideWarps ? 1 : score_warps(type, tiles, major) / kWideWarps;
 }
 #ifdef __CUDA_ARCH__
 constexpr int kScoreMajor = __CUDA_ARCH__ / 100;

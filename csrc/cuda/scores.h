@@ -1,9 +1,10 @@
 // Attention logits of a block of keys, on the tensor cores.
 //
-// A block keeps its keys of one head in shared memory, in tiles of 8 keys that its warps take in
-// turns, and every selected query passes by, 16 rows at a time. So a key is read from memory once.
-// Each lane reads 16 bytes of a row at a time, the same that it sent for, as the mma instructions
-// want them but for the order of the features, which is another one for queries and keys alike.
+// A block keeps its keys of one head in shared memory, in tiles of 8 keys of which its warps take
+// groups in turns, and every selected query passes by, 16 rows at a time. So a key is read from
+// memory once. Each lane reads 16 bytes of a row at a time, the same that it sent for, as the mma
+// instructions want them but for the order of the features, which is another one for queries and
+// keys alike.
 //
 // What a warp does for its keys and 16 rows is most of the time that scores take: it goes by groups
 // of tiles, and where none of a group's keys counts by none of it.
@@ -39,7 +40,7 @@ class Scorer {
     valid = staged = live = full = 0;
     const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.tokens;
     const auto is_key = [&](int tile, unsigned place) {
-      const int n = begin + static_cast<int>((tile * warps() + warp()) * 8 + place);
+      const int n = first_of(tile) + static_cast<int>(place);
       return tile < m.tiles && n < end && (padding == nullptr || !padding[n]);
     };
 #pragma unroll 1
@@ -62,7 +63,7 @@ class Scorer {
 #pragma unroll 1
     for (int i = 0; i < m.tiles; ++i) {
       if (!(live >> i / kTileGroup & 1)) continue;
-      const int n = begin + static_cast<int>((i * warps() + warp()) * 8 + lane() / 4);
+      const int n = first_of(i) + static_cast<int>(lane() / 4);
       const char* row = rows + n * a.key_strides[2] * kSize;
 #pragma unroll 1
       for (int step = 0; step < m.steps; ++step)
@@ -177,7 +178,7 @@ class Scorer {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int tile = lane() / 4 * kEach + i;
-        const int n = begin + static_cast<int>((tile * warps() + warp()) * 8 + lane() % 4 * 2) + j;
+        const int n = first_of(tile) + static_cast<int>(lane() % 4 * 2) + j;
         if (tile < m.tiles && n < end) body(n, counts(tile, j) ? column[i][j] : 0.0f);
       }
     clear_columns();
@@ -218,6 +219,12 @@ class Scorer {
     if constexpr (kLeft > kEach) halve_columns<kLeft / 2, kOther / 2>();
   }
 
+  // The first key of a tile of this warp. Warps take groups in turns, so that where keys end they
+  // are left with as many, and those that share a scheduler too.
+  __device__ int first_of(int tile) const {
+    const auto group = static_cast<unsigned>(tile) / kTileGroup * warps() + warp();
+    return begin + static_cast<int>(group * kTileGroup * 8) + tile % kTileGroup * 8;
+  }
   __device__ bool counts(int tile, int j) const { return valid >> (2 * tile + j) & 1; }
   static __device__ const char* bytes_at(const void* base, int64_t elements) {
     return static_cast<const char*>(base) + elements * kSize;

@@ -17,7 +17,7 @@ constexpr int kMostGroups = 8;               // of heads
 constexpr size_t kReservedShared = 1 << 10;  // bytes that CUDA takes of each block's shared memory
 
 template <int kType, int kTiles>
-__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kTiles, kScoreMajor))
+__global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWarp, 1)
     masking_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                    const __grid_constant__ Plan plan, bool selects) {
   char* const memory = shared_memory();
@@ -31,16 +31,18 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kTiles
 // A plan for blocks that hold all keys of a sample, or 1 / blocks of them; its warps are 0 where
 // they do not fit into `room` bytes.
 Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, int groups,
-             int buffers, bool selects, int64_t room) {
+             int buffers, bool selects, int major, int64_t room) {
   Plan plan = {};
   plan.blocks = blocks;
   plan.shares_keys = shares_keys;
   plan.groups = groups;
   plan.part = (a.tokens + blocks - 1) / blocks;
   const int64_t keys = shares_keys ? plan.part : a.tokens;
-  plan.tiles = keys <= int64_t{kScoreWarps} * kFewTiles * 8 ? kFewTiles : kManyTiles;
+  const int64_t few = int64_t{score_warps(a.dtype, kFewTiles, major)} * kFewTiles * 8;
+  plan.tiles = keys <= few ? kFewTiles : kManyTiles;
+  const unsigned most_warps = score_warps(a.dtype, plan.tiles, major);
   unsigned warps = 1;
-  while (warps < kScoreWarps && warps * kFewTiles * 8 < keys) warps *= 2;
+  while (warps < most_warps && warps * kFewTiles * 8 < keys) warps *= 2;
   const int64_t sets = a.reduce == kNone ? 0 : blocks > 1 && !shares_keys ? groups / blocks : 1;
   const size_t row_sums = sizeof(RowSumPair) * 2 * kRowTile * kPairs;
   const size_t block_sums = sizeof(RowSum) * 2 * kRowTile;
@@ -70,15 +72,18 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   int groups = 1;
   while (groups < kMostGroups && groups * 2 <= a.heads) groups *= 2;
   if (apart) groups = static_cast<int>(a.heads);
+  const auto blocks_of = [&](const Plan& plan) {  // of a multiprocessor
+    return score_blocks(a.dtype, plan.tiles, limits.major, plan.warps);
+  };
   const auto plan_for = [&](unsigned blocks, bool shares_keys) {
     // two blocks on a multiprocessor go before a second place for keys
     const int64_t half = (limits.shared_bytes - int64_t{kReservedShared}) / 2;
     Plan best = {};
     for (const int64_t room : {half, int64_t{limits.shared_bytes}})
       for (const int buffers : {2, 1}) {
-        const Plan plan = plan_of(a, blocks, shares_keys, groups, buffers, selects, room);
-        const bool alone =
-            score_blocks(a.dtype, plan.tiles, limits.major) == 1;  // whatever its memory
+        const Plan plan =
+            plan_of(a, blocks, shares_keys, groups, buffers, selects, limits.major, room);
+        const bool alone = blocks_of(plan) == 1;  // whatever its memory
         if (plan.warps > 0 && best.warps == 0 && (!alone || room > half)) best = plan;
       }
     return best;
@@ -90,7 +95,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
       plan = plan_for(blocks, true);
   if (plan.warps == 0 || plan.shares_keys) return plan;
   // few samples: as many blocks for each as the GPU has room for
-  const int64_t at_once = limits.multiprocessors * score_blocks(a.dtype, plan.tiles, limits.major);
+  const int64_t at_once = limits.multiprocessors * int64_t{blocks_of(plan)};
   const unsigned most = std::min<unsigned>(std::min(most_blocks, kPortableCluster), groups);
   for (unsigned blocks = 2; blocks <= most; blocks *= 2) {
     const Plan more = plan_for(blocks, false);

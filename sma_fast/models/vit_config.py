@@ -89,10 +89,7 @@ class MAEConfig:
             self.decoder_intermediate_size = 4 * self.decoder_hidden_size
         for field in dataclasses.fields(self):
             if field.type in (int, int | None):
-                value = getattr(self, field.name)
-                _check.count(field.name, value, None)
-                if value < 1:
-                    raise ValueError(f"{field.name}: got {value}, allowed is at least 1")
+                _check.positive_count(field.name, getattr(self, field.name))
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size: got {self.image_size}, allowed is a multiple of patch_size "
@@ -146,6 +143,10 @@ class MAEConfig:
             TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
         _check.choice("name", name, tuple(PRESETS))
+        known = [field.name for field in dataclasses.fields(cls)]
+        for field in changes:
+            if field not in known:
+                raise TypeError(f"got {field!r}, allowed is {', '.join(known)}")
         return cls(**({"norm_pix_loss": True} | PRESETS[name] | changes))
 
     @classmethod
@@ -166,4 +167,16 @@ class MAEConfig:
             if given.get(name, allowed) != allowed:
                 raise ValueError(f"{name}: got {given[name]!r}, allowed is {allowed!r}")
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**(_THEIRS | {name: given[name] for name in names & given.keys()}))
+        given = _THEIRS | {name: given[name] for name in names & given.keys()}
+        for name in ("image_size", "patch_size"):
+            given[name] = _side(name, given.get(name, getattr(cls, name)))
+        return cls(**given)
+
+
+def _side(name: str, size: Any) -> Any:
+    # transformers takes (height, width) too
+    if not isinstance(size, (list, tuple)):
+        return size
+    if len(size) != 2 or size[0] != size[1]:
+        raise ValueError(f"{name}: got {size!r}, allowed is a number, or two that are equal")
+    return size[0]

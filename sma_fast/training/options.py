@@ -191,8 +191,10 @@ class TrainOptions:
             raise ValueError(f"kind: got {self.kind!r}, allowed is sma, mae")
         masks = MASKS if self.kind == "mae" else ("guided", "random")
         if self.mask not in masks:
+            also = "; --model mae has others" if self.mask in MASKS else ""
             raise ValueError(
-                f"mask: got {self.mask!r}, allowed is {', '.join(masks)} with --model {self.kind}"
+                f"mask: got {self.mask!r}, allowed is {', '.join(masks)} with --model "
+                f"{self.kind}{also}"
             )
         if self.augment is not None and (self.kind != "mae" or self.augment not in AUGMENTATIONS):
             raise ValueError(

@@ -208,9 +208,10 @@ def _tables(files, kinds, readers) -> Iterator[tuple[int, pa.Table]]:
             yield place, table
         if not rows:
             what = "pictures" if kind == "pictures" else "rows"
+            why = "the folder holds none" if path.is_dir() else "empty, or a header only"
             raise DataError(
-                f"{path}: got no {what} (the file is empty, or has a header only), allowed is at "
-                f"least 1 of {kind}; give another file, or format= if it holds something else"
+                f"{path}: got no {what} ({why}), allowed is at least 1 of {kind}; give another "
+                "one, or the format (--format) if it holds something else"
             )
 
 

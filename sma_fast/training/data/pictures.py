@@ -144,7 +144,8 @@ class Pictures:
             if self.resize is None:
                 raise DataError(
                     f"{place}: got a picture of {picture.height} x {picture.width} pixels, allowed "
-                    f"is {height} x {width}; give size and resize to change all to one size"
+                    f"is {height} x {width}; give resize (--resize bilinear) to bring all to this "
+                    "size"
                 )
             picture = picture.resize((width, height), Image.Resampling[self.resize.upper()])
         return np.asarray(picture)
