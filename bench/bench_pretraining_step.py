@@ -4,7 +4,8 @@
 as they are; "whole" has four of them, and "untouched layers" is these four alone.
 
 On vit-b16 "informed mask" is what self-guided MAE's mask takes, beside MAE's step with a random
-one. It comes from embeddings that are there: the unmasked forward that makes them is left out.
+one. It comes from embeddings that are there: the unmasked forward that makes them is left out, but
+for the "informed step", which is the step with it and such a mask.
 """
 
 import functools
@@ -48,7 +49,10 @@ def bench_pretraining_step(measure, settings, name, part):
 def bench_pretraining_step_of_pictures(measure, settings):
     shape = settings.shape("vit-b16")
     step = pictures_step.build(shape, settings.device, settings.dtype, settings.quick)
-    peers = {"whole step": pictures_step.random(step)}
+    peers = {
+        "whole step": pictures_step.random(step),
+        "informed step": pictures_step.informed(step),
+    }
     ours = pictures_step.mask(step)
     measure(harness.Case("pretraining_step", "informed mask", shape, ours, peers, _check_finite))
 

@@ -63,6 +63,11 @@ def random(step: Step) -> Callable[[], Tensor]:
     return functools.partial(_run, RandomMasking(), step)
 
 
+def informed(step: Step) -> Callable[[], Tensor]:
+    """Returns the step with an informed mask, of an unmasked forward of its own."""
+    return functools.partial(_run, SelfMAEMasking(), step)
+
+
 def _mask(step: Step) -> Tensor:
     with step.context():
         return SelfMAEMasking()(step.embedded, step.pixels).num_masked.float().mean()
@@ -71,7 +76,7 @@ def _mask(step: Step) -> Tensor:
 def _run(policy: Callable, step: Step) -> Tensor:
     step.model.zero_grad()
     with step.context():
-        mask = policy(step.embedded, step.pixels)
+        mask = policy(step.model, step.pixels)
         loss = step.model(step.pixels, mask=mask).loss
     loss.backward()
     return loss.detach()

@@ -8,7 +8,7 @@ from torch import Tensor
 from .launching import copied
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "visible", "count"])  # nor compiled anew for each
 def gather_tokens_kernel(
     tokens,  # (B, N, C), any strides between rows
     ids,  # (B, V) int64, contiguous

@@ -9,7 +9,7 @@ from .gather_tokens import as_words
 from .launching import copied
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "width_visible", "width_masked"])
 def restore_tokens_kernel(
     visible,  # (B, V, C)
     ids_restore,  # (B, N) int64, contiguous
