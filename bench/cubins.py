@@ -59,11 +59,26 @@ def cuobjdump() -> str:
 
 def usages(cubin: Path) -> dict[str, Usage]:
     """Returns what each function of a cubin takes, by its name in there."""
-    done = subprocess.run(
-        [cuobjdump(), "-res-usage", str(cubin)], check=True, capture_output=True, text=True
-    )
+    return _usages(_dumped(cubin))
+
+
+def usages_of_module(module: Path) -> dict[str, dict[str, Usage]]:
+    """Returns the same of a shared library, for each architecture in it, such as "90a"."""
+    found: dict[str, dict[str, Usage]] = {}
+    _, *parts = re.split(r"^arch = sm_(\w+)$", _dumped(module), flags=re.M)
+    for architecture, text in zip(parts[::2], parts[1::2], strict=True):
+        found.setdefault(architecture, {}).update(_usages(text))
+    return found
+
+
+def _dumped(file: Path) -> str:
+    command = [cuobjdump(), "-res-usage", str(file)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _usages(text: str) -> dict[str, Usage]:
     found = {}
-    for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", done.stdout):
+    for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", text):
         of = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", line)}
         found[name] = Usage(of["REG"], of["SHARED"], of["STACK"], of["LOCAL"])
     return found
