@@ -29,7 +29,8 @@ template <class T, class Word>
 struct FilledShared {
   static constexpr int kNumbers = sizeof(Word) / sizeof(T);
   SumOf<T> sums[kCopyThreads * kNumbers];
-  int list[kCopyThreads], counts[kCopyThreads / kWarp];
+  unsigned list[kCopyThreads];
+  int counts[kCopyThreads / kWarp];
 };
 
 template <class T>
@@ -38,7 +39,7 @@ struct PartsShared {
 };
 
 // Lists those of the block's next rows, one for each thread, that were filled.
-__device__ int list_filled(bool filled, int* list, int* counts) {
+__device__ int list_filled(bool filled, unsigned* list, int* counts) {
   const unsigned takes = __ballot_sync(kAllLanes, filled);
   if (lane() == 0) counts[warp()] = __popc(takes);
   __syncthreads();
@@ -47,7 +48,7 @@ __device__ int list_filled(bool filled, int* list, int* counts) {
     if (w < warp()) before += counts[w];
     total += counts[w];
   }
-  if (filled) list[before + __popc(takes & ((1u << lane()) - 1))] = static_cast<int>(threadIdx.x);
+  if (filled) list[before + __popc(takes & ((1u << lane()) - 1))] = threadIdx.x;
   __syncthreads();
   return total;
 }
@@ -73,12 +74,13 @@ __global__ void __launch_bounds__(kCopyThreads, 8)
     const int64_t id = row < end ? s.ids_restore[row] - s.visible : -1;
     const int count = list_filled(static_cast<uint64_t>(id) < static_cast<uint64_t>(s.fill),
                                   shared.list, shared.counts);
+    const Word* const rows = words + first * s.row_words;
     for (int i = static_cast<int>(row_lane); inside && i < count; i += row_lanes * kLoads) {
       Word loaded[kLoads] = {};  // zeros add nothing
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
         const int at = i + k * static_cast<int>(row_lanes);
-        if (at < count) loaded[k] = load_word(words + (first + shared.list[at]) * s.row_words);
+        if (at < count) loaded[k] = load_word(rows + shared.list[at] * s.row_words);
       }
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
