@@ -87,7 +87,7 @@ DEFAULT = {
     "gather_tokens_backward.notes": ({"up_to": None, "block": 256, "num_warps": 2},),
     # of blocks with a token of several ids, one program takes those of so many flags
     "gather_tokens_backward.several": (
-        {"up_to": None, "flags": 16, "ids": 512, "width": 256, "num_warps": 4},
+        {"up_to": None, "flags": 16, "ids": 512, "width": 128, "num_warps": 4},
     ),
     # by the bytes of a number; more `rows` in a slice of a sample leave fewer sums to add up, fewer
     # start more programs; `parts_width` columns of these sums have a program

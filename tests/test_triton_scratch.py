@@ -164,7 +164,7 @@ def test_tokens_of_several_ids(small, monkeypatch, width, scratch):
     shrink(monkeypatch, scratch)
     ids = torch.arange(40).repeat(3, 1)
     ids[0, 35:] = 2  # one block of one sample, whose flag may be others' too
-    ids[2, 17] = ids[2, 39] = 38
+    ids[2, 17] = 38  # a second one
     ids[1, 7] = -1
     ids, grad = ids.to(DEVICE), torch.randn(3, 40, width).to(DEVICE)
     actual = gather_tokens_backward.launch(grad, ids, 41)
