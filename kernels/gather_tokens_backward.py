@@ -110,11 +110,12 @@ def sum_several_kernel(
         for block in range(flag, all_blocks, number_flags):
             sample = (block // blocks).to(tl.int64)
             first_token = block % blocks * BLOCK_ROWS
+            of_sample = ids + sample * width_ids
             for token in range(first_token, min(first_token + BLOCK_ROWS, tokens)):
                 number = 0
                 for begin in range(0, width_ids, BLOCK_IDS):
                     place = begin + tl.arange(0, BLOCK_IDS)
-                    id = tl.load(ids + sample * width_ids + place, mask=place < width_ids, other=-1)
+                    id = tl.load(of_sample + place, mask=place < width_ids, other=-1)
                     number += tl.sum((id == token + offset).to(tl.int32), 0)
                 if number > 1:
                     for first in range(0, width, BLOCK_WIDTH):
@@ -122,9 +123,7 @@ def sum_several_kernel(
                         total = tl.zeros([BLOCK_WIDTH], SUM)
                         for begin in range(0, width_ids, BLOCK_IDS):
                             place = begin + tl.arange(0, BLOCK_IDS)
-                            id = tl.load(
-                                ids + sample * width_ids + place, mask=place < width_ids, other=-1
-                            )
+                            id = tl.load(of_sample + place, mask=place < width_ids, other=-1)
                             hit = id == token + offset
                             nearest = tl.min(tl.where(hit, place, width_ids), 0)
                             while nearest < width_ids:

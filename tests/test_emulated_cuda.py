@@ -255,6 +255,14 @@ def test_numbers(kernels: Kernels):
     torch.testing.assert_close(
         found, every.view(torch.float16).float(), rtol=0, atol=0, equal_nan=True
     )
+    to_half = kernels.library["run_float_to_half"]
+    to_half.restype = ctypes.c_uint16
+    halves = every.view(torch.float16).float()
+    between = (halves[:-1] + halves[1:]) / 2  # ties, and what lies beside them
+    floats = torch.cat([halves, between, between * (1 + 2e-7), between * (1 - 2e-7)])
+    found = [to_half(ctypes.c_float(x)) for x in floats.tolist()]
+    found = torch.tensor(found, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    torch.testing.assert_close(found, floats.half(), rtol=0, atol=0, equal_nan=True)
     for bits, right in [
         (0x3F800FFF, 0x3F800000),
         (0x3F801000, 0x3F802000),  # ties away from zero
