@@ -323,14 +323,15 @@ def test_the_kernels_of_gpus_without_room_for_large_clusters():
 OF_OTHER_ORDERS = (  # rows of a warp, of a block and of a cluster; heads and keys that are shared
     "cuda-emulated and (test_literal or test_cases and (float32 or bfloat16)"
     " or test_is_the_three_ops_in_a_row or test_drawn_tokens_of_long_rows"
-    " or test_long_rows and few and 0.15)"
+    " or test_long_rows and few and 0.15 or with_several_ids or test_backward_of_one_fill)"
 )
 
 
 @pytest.mark.parametrize("other", SEEDS[1:2])
 def test_the_kernels_in_another_order(other: str):
     """A barrier that is missing shows in one order of the threads, and not in another."""
-    files = [f"tests/test_{op}.py" for op in ("select_tokens", "self_guided_masking")]
+    ops = ("select_tokens", "self_guided_masking", "gather_tokens", "restore_tokens")
+    files = [f"tests/test_{op}.py" for op in ops]
     run_kernels(files, OF_OTHER_ORDERS, SMA_EMULATED_SEED=other)
 
 
