@@ -178,7 +178,10 @@ def _cases() -> dict[str, list[tuple]]:
             (empty(2, 870, 5), ids(2, 870), 1024),
         ],
         "restore_tokens": [(empty(2, 49, 768, dtype=half), ids(2, 196), empty(768, dtype=half))],
-        "restore_tokens_backward": [(empty(2, 196, 768, dtype=half), ids(2, 196), 49, none)],
+        "restore_tokens_backward": [
+            (empty(2, 196, 768, dtype=half), ids(2, 196), 49, none),
+            (empty(2, 1024, 512), ids(2, 1024), 870, none),
+        ],
         "self_guided_masking": [
             (
                 *(self_query, self_query, [empty(2, 512, 768, dtype=half)], index, none, none),

@@ -206,19 +206,22 @@ ENTRIES = {
     "gather_tokens": Entry(_COPY, _of_bytes("gather_tokens", _gather)),
     "restore_tokens": Entry(_COPY, _of_bytes("restore_tokens", _restore)),
     "gather_tokens_backward": Entry(
-        {"elements": (256, 512, 1024, 2048, 4096), "num_warps": (2, 4, 8)},
+        {"elements": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)},
         (
             Case("gather_tokens_backward", _shape("image"), HALF, _gather_back, 64),
             Case("gather_tokens_backward", _shape("vit"), HALF, _gather_back, 768),
         ),
     ),
     "gather_tokens_backward.notes": Entry(
-        {"block": (256, 512, 1024), "num_warps": (2, 4, 8)},
+        {"block": (64, 256, 1024), "num_warps": (1, 2, 4)},
         (Case("gather_tokens_backward", _shape("vit"), HALF, _gather_back),),
+    ),
+    "gather_tokens_backward.several": Entry(
+        {"flags": (4, 16, 64)}, (Case("gather_tokens_backward", _shape("vit"), HALF, _gather_back),)
     ),
     "restore_tokens_backward": Entry(
         {"elements": (2048, 4096, 8192), "width": (128, 256), "rows": (64, 128, 256)},
-        (Case("restore_tokens_backward", _shape("vit"), HALF, _restore_back),),
+        _of_bytes("restore_tokens_backward", _restore_back),
     ),
     "self_guided_masking": Entry(
         {"block": (256, 512, 1024), "num_warps": (2, 4, 8)},

@@ -111,6 +111,8 @@ struct RestoreTokensBackwardArgs {
   void* grad_visible;          // (B, V, C)
   void* grad_fill;             // (C,) or (B, K, C)
   int threads;
+  void* scratch;  // on a GPU, for the sums of a shared fill
+  int64_t scratch_bytes;
 };
 
 constexpr int kMaxTokenTensors = 16;

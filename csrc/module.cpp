@@ -171,9 +171,17 @@ std::string shapes(const GatherTokensArgs& a) {
   return "tokens " + shape({a.batch, a.tokens}) + " of " + std::to_string(a.row_bytes) +
          " bytes, ids " + shape({a.batch, a.visible});
 }
+std::string shapes(const GatherTokensBackwardArgs& a) {
+  return "grad " + shape({a.batch, a.visible, a.width}) + ", of " + std::to_string(a.tokens) +
+         " tokens";
+}
 std::string shapes(const RestoreTokensArgs& a) {
   return "visible " + shape({a.batch, a.visible}) + " of " + std::to_string(a.row_bytes) +
          " bytes, ids_restore " + shape({a.batch, a.tokens});
+}
+std::string shapes(const RestoreTokensBackwardArgs& a) {
+  return "grad " + shape({a.batch, a.tokens, a.width}) + ", of " + std::to_string(a.visible) +
+         " visible tokens";
 }
 std::string shapes(const SelfGuidedMaskingArgs& a) {
   return shapes(a.attention) + ", " + std::to_string(a.num_gathers) + " tensors of tokens";
@@ -211,8 +219,9 @@ void run(void (*on_processor)(const Args&), const Args& a) {
 
 std::vector<std::string> cuda_ops() {
 #ifdef SMA_CUDA_ARCHS
-  return {"attention_scores", "select_tokens",       "gather_tokens",
-          "restore_tokens",   "self_guided_masking", "bipartition"};
+  return {"attention_scores",       "select_tokens",  "gather_tokens",
+          "gather_tokens_backward", "restore_tokens", "restore_tokens_backward",
+          "self_guided_masking",    "bipartition"};
 #else
   return {};
 #endif
@@ -395,8 +404,9 @@ void gather_tokens_backward(Address grad, int dtype, int64_t batch, int64_t visi
   a.out = at<void>(out);
   a.threads = threads_of(where);
   check_length("grad", tokens > visible ? tokens : visible);
-  check_index("ids", a.ids, batch * visible, -1, tokens);
-  run(kernels()->gather_tokens_backward, a);
+  if (on_cpu(where)) check_index("ids", a.ids, batch * visible, -1, tokens);
+  run("gather_tokens_backward", kernels()->gather_tokens_backward, SMA_CUDA(gather_tokens_backward),
+      a, where);
 }
 
 void restore_tokens(Address visible, int64_t visible_batch_bytes, int64_t visible_token_bytes,
@@ -426,7 +436,7 @@ void restore_tokens(Address visible, int64_t visible_batch_bytes, int64_t visibl
 void restore_tokens_backward(Address grad, int dtype, int64_t batch, int64_t tokens,
                              int64_t visible_count, int64_t fill_count, int64_t width,
                              bool shared_fill, Address ids_restore, Address grad_visible,
-                             Address grad_fill, const Where& where) {
+                             Address grad_fill, const Scratch& scratch, const Where& where) {
   RestoreTokensBackwardArgs a = {};
   a.grad = at<void>(grad);
   a.dtype = dtype;
@@ -439,10 +449,14 @@ void restore_tokens_backward(Address grad, int dtype, int64_t batch, int64_t tok
   a.ids_restore = at<int64_t>(ids_restore);
   a.grad_visible = at<void>(grad_visible);
   a.grad_fill = at<void>(grad_fill);
+  a.scratch = at<void>(static_cast<Address>(scratch[0]));
+  a.scratch_bytes = scratch[1];
   a.threads = threads_of(where);
   check_length("grad", tokens > visible_count + fill_count ? tokens : visible_count + fill_count);
-  check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
-  run(kernels()->restore_tokens_backward, a);
+  if (on_cpu(where))
+    check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
+  run("restore_tokens_backward", kernels()->restore_tokens_backward,
+      SMA_CUDA(restore_tokens_backward), a, where);
 }
 
 void self_guided_masking(Address query, Address key, int dtype, int64_t batch, int64_t heads,

@@ -19,34 +19,45 @@ def sum_filled_kernel(
     grad,  # (B, N, C)
     ids_restore,  # (B, N), contiguous
     parts,  # (P, C)
-    rows,  # B * N
+    batch,  # B
     tokens,  # N
     width_visible,  # V
     width,  # C
-    rows_of_part,
+    samples_of_part,
+    slices,  # of a sample, of which a part has one
+    rows_of_slice,
     batch_stride,
     row_stride,
     SUM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    part = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     in_width = column < width
-    total = tl.zeros([BLOCK_WIDTH], SUM)
-    for first in range(0, rows_of_part, BLOCK_ROWS):
-        at = first + tl.arange(0, BLOCK_ROWS)
-        row = part * rows_of_part + at
-        place = tl.load(ids_restore + row, mask=(at < rows_of_part) & (row < rows), other=-1)
-        filled = (place >= width_visible) & (place < width_visible + tokens)
-        start = row // tokens * batch_stride + row % tokens * row_stride
-        values = tl.load(
-            grad + start[:, None] + column[None, :],
-            mask=filled[:, None] & in_width[None, :],
-            other=0,
-        )
-        total += tl.sum(values.to(SUM), 0)
-    tl.store(parts + part * width + column, total, mask=in_width)
+    first_sample = part // slices * samples_of_part
+    samples = min(samples_of_part, batch - first_sample)
+    first_row = part % slices * rows_of_slice
+    last_row = min(first_row + rows_of_slice, tokens)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], SUM)
+    for number in range(0, samples):
+        sample = first_sample.to(tl.int64) + number
+        ids = ids_restore + sample * tokens
+        rows = grad + sample * batch_stride
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        place = tl.load(ids + row, mask=row < last_row, other=-1)
+        for _ in range(first_row, last_row, BLOCK_ROWS):
+            filled = (place >= width_visible) & (place < width_visible + tokens)
+            from_row = rows + row.to(tl.int64) * row_stride
+            values = tl.load(
+                from_row[:, None] + column[None, :],
+                mask=filled[:, None] & in_width[None, :],
+                other=0,
+            )
+            row += BLOCK_ROWS
+            place = tl.load(ids + row, mask=row < last_row, other=-1)  # while the rows are awaited
+            total += values.to(SUM)
+    tl.store(parts + part.to(tl.int64) * width + column, tl.sum(total, 0), mask=in_width)
 
 
 @triton.jit
@@ -56,14 +67,12 @@ def sum_parts_kernel(
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     in_width = column < width
-    total = tl.zeros([BLOCK_WIDTH], SUM)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], SUM)
     for first in range(0, number, BLOCK_ROWS):
         part = first + tl.arange(0, BLOCK_ROWS)
         mask = (part < number)[:, None] & in_width[None, :]
-        total += tl.sum(
-            tl.load(parts + part[:, None] * width + column[None, :], mask=mask, other=0), 0
-        )
-    tl.store(out + column, total.to(out.dtype.element_ty), mask=in_width)
+        total += tl.load(parts + part[:, None] * width + column[None, :], mask=mask, other=0)
+    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=in_width)
 
 
 def launch(
@@ -95,23 +104,31 @@ def _sum_filled(grad: Tensor, ids_restore: Tensor, num_visible: int, to_fill: Te
     """Writes (C,) sums of the filled rows of (B, N, C)."""
     batch, tokens, width = grad.shape
     kind = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    chosen = setting("restore_tokens_backward", grad.device)
+    chosen = setting("restore_tokens_backward", grad.device, grad.element_size())
     most = max(turns.SCRATCH // (width * kind.itemsize), 1)
-    rows_of_part = max(triton.cdiv(batch * tokens, most), chosen["rows"])
-    number = triton.cdiv(batch * tokens, rows_of_part)
+    # a part has a few samples, or a slice of one
+    samples_of_part = triton.cdiv(batch, most)
+    slices = min(max(most // batch, 1), triton.cdiv(tokens, chosen["rows"]))
+    rows_of_slice = triton.cdiv(tokens, slices)
+    number = triton.cdiv(batch, samples_of_part) * slices
     parts = torch.empty((number, width), dtype=kind, device=grad.device)
-    block_width = min(triton.next_power_of_2(width), chosen["width"])
-    columns = triton.cdiv(width, block_width)
-    common = {
-        "SUM": tl.float64 if kind == torch.float64 else tl.float32,
-        "BLOCK_ROWS": chosen["elements"] // block_width,
-        "BLOCK_WIDTH": block_width,
-        "num_warps": chosen["num_warps"],
-    }
+
+    def block(width_at_most: int) -> dict[str, int]:
+        block_width = min(triton.next_power_of_2(width), width_at_most)
+        return {
+            "SUM": tl.float64 if kind == torch.float64 else tl.float32,
+            "BLOCK_ROWS": chosen["elements"] // block_width,
+            "BLOCK_WIDTH": block_width,
+            "num_warps": chosen["num_warps"],
+        }
+
+    of_rows, of_parts = block(chosen["width"]), block(chosen["parts_width"])
     with torch.cuda.device_of(grad):
-        sum_filled_kernel[(number, columns)](
-            *(grad, ids_restore, parts, batch * tokens, tokens, num_visible, width),
-            *(rows_of_part, grad.stride(0), grad.stride(1)),
-            **common,
+        sum_filled_kernel[(number, triton.cdiv(width, of_rows["BLOCK_WIDTH"]))](
+            *(grad, ids_restore, parts, batch, tokens, num_visible, width),
+            *(samples_of_part, slices, rows_of_slice, grad.stride(0), grad.stride(1)),
+            **of_rows,
         )
-        sum_parts_kernel[(columns,)](parts, to_fill, number, width, **common)
+        sum_parts_kernel[(triton.cdiv(width, of_parts["BLOCK_WIDTH"]),)](
+            parts, to_fill, number, width, **of_parts
+        )

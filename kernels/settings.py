@@ -78,16 +78,36 @@ DEFAULT = {
     "random_masking.rows": _COPIED,
     "gather_tokens": _COPIED,
     "restore_tokens": _COPIED,
-    # by the columns of a row, as _COPIED; `ids` are those that a token of several ids looks through
-    # at a time, over the rows of a block, of which narrow ones are many
+    # by the columns of a row: a program has all of them, `width` at a time, and looks once at where
+    # its rows come from
     "gather_tokens_backward": (
-        {"up_to": 64, "elements": 512, "width": 64, "ids": 1024, "num_warps": 4},
-        {"up_to": None, "elements": 2048, "width": 1024, "ids": 2048, "num_warps": 4},
+        {"up_to": 64, "elements": 1024, "width": 64, "num_warps": 4},
+        {"up_to": None, "elements": 4096, "width": 256, "num_warps": 4},
     ),
-    "gather_tokens_backward.notes": ({"up_to": None, "block": 1024, "num_warps": 4},),
-    # more `rows` in a part leave fewer sums to add up, fewer start more programs
+    "gather_tokens_backward.notes": ({"up_to": None, "block": 256, "num_warps": 2},),
+    # of blocks with a token of several ids, one program takes those of so many flags
+    "gather_tokens_backward.several": (
+        {"up_to": None, "flags": 16, "ids": 512, "width": 128, "num_warps": 4},
+    ),
+    # by the bytes of a number; more `rows` in a slice of a sample leave fewer sums to add up, fewer
+    # start more programs; `parts_width` columns of these sums have a program
     "restore_tokens_backward": (
-        {"up_to": None, "elements": 4096, "width": 256, "rows": 64, "num_warps": 4},
+        {
+            "up_to": 2,
+            "elements": 4096,
+            "width": 256,
+            "rows": 64,
+            "parts_width": 32,
+            "num_warps": 4,
+        },
+        {
+            "up_to": 8,
+            "elements": 2048,
+            "width": 128,
+            "rows": 64,
+            "parts_width": 32,
+            "num_warps": 4,
+        },
     ),
     "self_guided_masking": ({"up_to": None, "block": 1024, "num_warps": 4},),
     # more elements are more rows at a time, which wait for each other less often, in more registers

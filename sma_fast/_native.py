@@ -280,6 +280,7 @@ def restore_tokens_backward(grad, ids_restore, num_visible, num_fill) -> tuple[T
     shared = num_fill is None
     grad_visible = _empty((batch, num_visible, width), grad.dtype, grad.device)
     grad_fill = _empty((width,) if shared else (batch, num_fill, width), grad.dtype, grad.device)
+    scratch = _scratch(grad, needed=shared)
     _count("restore_tokens_backward", grad)
     _module().restore_tokens_backward(
         grad.data_ptr(),
@@ -293,6 +294,7 @@ def restore_tokens_backward(grad, ids_restore, num_visible, num_fill) -> tuple[T
         ids_restore.data_ptr(),
         grad_visible.data_ptr(),
         grad_fill.data_ptr(),
+        (scratch.data_ptr(), scratch.numel()),
         _where(grad),
     )
     return grad_visible, grad_fill
@@ -572,9 +574,10 @@ def _where(x: Tensor) -> tuple[int, int]:
     return -1, 1 if _in_fork else torch.get_num_threads()
 
 
-def _scratch(x: Tensor) -> Tensor:
-    # what attention_scores needs on a GPU for the rows' sums, where keys do not fit in one launch
-    return torch.empty(_SCRATCH if _backend(x) == "cuda" else 0, dtype=torch.uint8, device=x.device)
+def _scratch(x: Tensor, needed: bool = True) -> Tensor:
+    # for sums on a GPU: of attention's rows where keys do not fit in one launch, of filled rows
+    size = _SCRATCH if needed and _backend(x) == "cuda" else 0
+    return torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
 def _count(op: str, x: Tensor) -> None:

@@ -255,6 +255,14 @@ def test_numbers(kernels: Kernels):
     torch.testing.assert_close(
         found, every.view(torch.float16).float(), rtol=0, atol=0, equal_nan=True
     )
+    to_half = kernels.library["run_float_to_half"]
+    to_half.restype = ctypes.c_uint16
+    halves = every.view(torch.float16).float()
+    between = (halves[:-1] + halves[1:]) / 2  # ties, and what lies beside them
+    floats = torch.cat([halves, between, between * (1 + 2e-7), between * (1 - 2e-7)])
+    found = [to_half(ctypes.c_float(x)) for x in floats.tolist()]
+    found = torch.tensor(found, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    torch.testing.assert_close(found, floats.half(), rtol=0, atol=0, equal_nan=True)
     for bits, right in [
         (0x3F800FFF, 0x3F800000),
         (0x3F801000, 0x3F802000),  # ties away from zero
@@ -315,14 +323,15 @@ def test_the_kernels_of_gpus_without_room_for_large_clusters():
 OF_OTHER_ORDERS = (  # rows of a warp, of a block and of a cluster; heads and keys that are shared
     "cuda-emulated and (test_literal or test_cases and (float32 or bfloat16)"
     " or test_is_the_three_ops_in_a_row or test_drawn_tokens_of_long_rows"
-    " or test_long_rows and few and 0.15)"
+    " or test_long_rows and few and 0.15 or with_several_ids or test_backward_of_one_fill)"
 )
 
 
 @pytest.mark.parametrize("other", SEEDS[1:2])
 def test_the_kernels_in_another_order(other: str):
     """A barrier that is missing shows in one order of the threads, and not in another."""
-    files = [f"tests/test_{op}.py" for op in ("select_tokens", "self_guided_masking")]
+    ops = ("select_tokens", "self_guided_masking", "gather_tokens", "restore_tokens")
+    files = [f"tests/test_{op}.py" for op in ops]
     run_kernels(files, OF_OTHER_ORDERS, SMA_EMULATED_SEED=other)
 
 

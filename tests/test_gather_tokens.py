@@ -23,6 +23,7 @@ from sma_fast.testing import (
     call,
     gather_inputs,
     guarded,
+    make_scores,
 )
 
 OP = "gather_tokens"
@@ -119,6 +120,23 @@ def test_large_backward(backend, four_threads, dtype, width):
     actual = backward(grad, ids, 2200)
     with sma_fast.use_backend("reference"):
         plain, exact = backward(grad, ids, 2200), backward(grad.double(), ids, 2200)
+    assert_close(actual, exact, plain)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.needs("gather_tokens_backward")
+@pytest.mark.parametrize("dtype, width", (*LARGE, (torch.float16, 1), (torch.float64, 3)), ids=str)
+def test_backward_of_tokens_with_several_ids(backend, dtype, width):
+    """A few of many, which on a GPU several blocks have parts of."""
+    ids = torch.arange(2900).repeat(2, 1)
+    ids[0, 1000:1003] = 7
+    ids[1, 2899], ids[1, 11] = 2000, -1
+    grad = make_scores("normal", (2, 2900, width), dtype)
+    ids, grad = ids.to(backend.device), grad.to(backend.device)
+    backward = torch.ops.sma_fast.gather_tokens_backward
+    actual = backward(grad, ids, 2901)
+    with sma_fast.use_backend("reference"):
+        plain, exact = backward(grad, ids, 2901), backward(grad.double(), ids, 2901)
     assert_close(actual, exact, plain)
 
 

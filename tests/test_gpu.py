@@ -473,11 +473,23 @@ def many_rows(op: str, batch: int, tokens: int, width: int) -> dict:
             "ids_restore": ids(batch, tokens, tokens),
             "fill": values(width, dtype=torch.bfloat16),
         }
+    if op == "gather_tokens_backward":
+        grad = values(batch, tokens, width, dtype=torch.bfloat16)
+        return {"grad": grad, "ids": ids(batch, tokens, tokens), "tokens": tokens}
+    if op == "restore_tokens_backward":
+        grad = values(batch, tokens, width, dtype=torch.bfloat16)
+        return {"grad": grad, "ids": ids(batch, tokens, tokens), "visible": 5, "fill": tokens - 5}
     return {"scores": values(batch, tokens * width, dtype=torch.float32), "mask_ratio": 0.3}
 
 
+FAR_OPS = (
+    *("gather_tokens", "gather_tokens_backward", "restore_tokens", "restore_tokens_backward"),
+    "select_tokens",
+)
+
+
 @pytest.mark.parametrize("width", [8, 7])  # rows that are copied by 16 bytes, and by 2
-@pytest.mark.parametrize("run", runs(("gather_tokens", "restore_tokens", "select_tokens")))
+@pytest.mark.parametrize("run", runs(FAR_OPS))
 def test_more_elements_than_32_bits_count(forced: Run, width: int):
     tokens, elements, part = (8, 1 << 9, 3) if DRY else (128, FAR, 4096)
     batch = elements // (tokens * width) + part + 1

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sma_fast
+from sma_fast import _native
 from sma_fast.testing import (
     CASES,
     DTYPES,
@@ -179,6 +180,23 @@ def test_backward_reproducible(backend, fill, dtype):
         two = backward(grad, inputs["ids_restore"], 400, None)
         torch.set_num_threads(threads)
         assert_same(one, two)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.needs("restore_tokens_backward")
+@pytest.mark.parametrize("dtype, width", ((torch.float32, 256), (torch.float64, 41)), ids=str)
+def test_backward_of_one_fill_in_turns(backend, monkeypatch, dtype, width):
+    """Where the sums of a row are more than a GPU's scratch memory holds: it has one size."""
+    monkeypatch.setattr(_native, "_SCRATCH", 768)
+    inputs = restore_inputs(dtype, batch=3, tokens=500, masked=400, width=width, padding="left")
+    ids = backend.inputs(inputs)["ids_restore"]
+    grad = make_scores("normal", (3, 500, width), dtype).to(backend.device)
+    backward = torch.ops.sma_fast.restore_tokens_backward
+    _, to_fill = backward(grad, ids, 100, None)
+    with sma_fast.use_backend("reference"):
+        _, expected = backward(grad, ids, 100, None)
+        _, exact = backward(grad.double(), ids, 100, None)
+    assert_close(to_fill, exact, expected)
 
 
 @pytest.mark.one_instruction_set

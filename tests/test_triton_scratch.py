@@ -151,6 +151,26 @@ def reference_backward(grad: torch.Tensor, ids: torch.Tensor, tokens: int) -> to
         return torch.ops.sma_fast.gather_tokens_backward(grad, ids, tokens)
 
 
+@pytest.mark.parametrize("scratch", (1 << 20, 64))
+@pytest.mark.parametrize("width", (4, 300))
+def test_tokens_of_several_ids(small, monkeypatch, width, scratch):
+    """Also where one flag is that of several blocks of rows."""
+    from sma_fast.kernels import gather_tokens_backward, settings
+
+    entry = ({**settings.DEFAULT["gather_tokens_backward"][-1], "elements": 512},)
+    monkeypatch.setitem(settings.DEFAULT, "gather_tokens_backward", entry)
+    entry = ({**settings.DEFAULT["gather_tokens_backward.several"][0], "flags": 2, "ids": 16},)
+    monkeypatch.setitem(settings.DEFAULT, "gather_tokens_backward.several", entry)
+    shrink(monkeypatch, scratch)
+    ids = torch.arange(40).repeat(3, 1)
+    ids[0, 35:] = 2  # one block of one sample, whose flag may be others' too
+    ids[2, 17] = 38  # a second one
+    ids[1, 7] = -1
+    ids, grad = ids.to(DEVICE), torch.randn(3, 40, width).to(DEVICE)
+    actual = gather_tokens_backward.launch(grad, ids, 41)
+    torch.testing.assert_close(actual, reference_backward(grad, ids, 41), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("scratch", (1 << 20, 256))
 def test_restore_tokens_backward_in_turns(small, monkeypatch, scratch):
     shrink(monkeypatch, scratch)

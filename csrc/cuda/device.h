@@ -46,6 +46,7 @@ __device__ inline uint32_t to_tf32(float x) {
 __device__ inline float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
+__device__ inline uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
 // d += a b: a (16, k), b (k, 8), d (16, 8), spread over the lanes as PTX says. Those of tf32 keep
 // their order: each needs so many registers that mixed they would not fit.

@@ -26,7 +26,11 @@ int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place);
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
 int bipartition(const BipartitionArgs& a, const Place& place);
 int gather_tokens(const GatherTokensArgs& a, const Place& place);
+int gather_tokens_backward(const GatherTokensBackwardArgs& a, const Place& place);
+// The same for the ids [first_id, first_id + a.tokens).
+int gather_back(const GatherTokensBackwardArgs& a, int64_t first_id, const Place& place);
 int restore_tokens(const RestoreTokensArgs& a, const Place& place);
+int restore_tokens_backward(const RestoreTokensBackwardArgs& a, const Place& place);
 int select_tokens(const SelectTokensArgs& a, const Place& place);
 
 // What an error means, and what to do.

@@ -63,19 +63,20 @@ struct Words {
 };
 
 // Fills these words of `out` from the rows that source.row(row, source.id(row)) points to; null
-// gives zeros. Every one of `threads` threads calls it. All ids are sent for before the first is
-// waited for, and all rows before the first is stored.
+// gives zeros, as it must at an id of -1. Every one of `threads` threads calls it. All ids are sent
+// for before the first is waited for, and all rows before the first is stored.
 template <class Word, class Index, class Source>
 __device__ void copy_rows(Word* out, const Words<Index>& words, unsigned thread, unsigned threads,
                           const Source& source) {
+  using Id = decltype(source.id(Index{}));
   for (Index first = words.begin + thread; first < words.end; first += threads * kCopies) {
     Index row[kCopies];
-    int64_t id[kCopies];
+    Id id[kCopies];
     Word word[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       row[i] = words.row.quotient(first + i * threads);
-      id[i] = first + i * threads < words.end ? source.id(row[i]) : -1;
+      id[i] = first + i * threads < words.end ? source.id(row[i]) : Id{-1};
     }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {

@@ -124,6 +124,18 @@ float half_to_float(uint16_t bits) {
   return __uint_as_float(sign | __float_as_uint(magnitude));
 }
 
+uint16_t float_to_half(float x) {
+  const uint32_t bits = __float_as_uint(x), rest = bits & 0x7FFFFFFF;
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (rest > 0x7F800000) return 0x7FFF;          // NaN
+  if (rest >= 0x477FF000) return sign | 0x7C00;  // 65520 and more
+  // a unit in the last place that float16 has there, at least 2^-24: dividing is exact
+  const uint32_t unit = max(rest >> 23, 113u) - 10;
+  const float units = nearbyintf(__uint_as_float(rest) / __uint_as_float(unit << 23));
+  // those of a normal number are 1024 and more, which counts the exponent up by one
+  return sign | static_cast<uint16_t>(((unit - 103) << 10) + static_cast<uint32_t>(units));
+}
+
 void mma_bf16(void* const* operands) {
   multiply<16, 2>(operands, [](uint32_t word, int i) {
     return bf16_to_float(static_cast<uint16_t>(word >> 16 * i));

@@ -229,5 +229,6 @@ EXPORT const char* run_only_shuffles(int threads, int count, int* out) {
 
 // what needs no kernel
 EXPORT float run_half_to_float(uint16_t bits) { return half_to_float(bits); }
+EXPORT uint16_t run_float_to_half(float x) { return float_to_half(x); }
 EXPORT uint32_t run_to_tf32(float x) { return to_tf32(x); }
 EXPORT float run_exp2(float x) { return exp2_fast(x); }

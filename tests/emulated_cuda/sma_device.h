@@ -27,6 +27,7 @@ void copy_async(void* shared, const void* global);
 void copy_async_wait(size_t left);
 char* cluster_map(char* shared, unsigned rank);
 float half_to_float(uint16_t bits);
+uint16_t float_to_half(float x);
 
 template <class T>
 T* aligned(T* at) {
@@ -53,6 +54,7 @@ inline uint32_t to_tf32(float x) {
 }
 
 inline float half_to_float(uint16_t bits) { return emulated::half_to_float(bits); }
+inline uint16_t float_to_half(float x) { return emulated::float_to_half(x); }
 
 // d += a * b, in the fragments of mma.sync.m16n8k16 and, for tf32, of m16n8k8
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
