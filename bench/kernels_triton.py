@@ -141,7 +141,9 @@ def _cases() -> dict[str, list[tuple]]:
     half = torch.bfloat16
     padding, labels = empty(2, 1024, dtype=torch.bool), empty(2, 196, dtype=torch.bool)
     index, heads = ids(2, 38), ids(2, 38)
-    query, key = empty(1, 8, 256, 64, dtype=half), empty(2, 8, 1024, 64, dtype=half)
+    query, key = empty(1, 8, 256, 32, dtype=half), empty(2, 8, 1024, 32, dtype=half)
+    image, pixels = empty(1, 8, 512, 64, dtype=half), empty(1, 8, 9216, 64, dtype=half)
+    full = (empty(1, 4, 128, 128, dtype=torch.float16), empty(1, 4, 4096, 128, dtype=torch.float16))
     self_query = empty(2, 12, 512, 64, dtype=half)
     wide = empty(2, 1, 70, 600, dtype=half)
     map_ = empty(2, 8, 256, 1024, dtype=half)
@@ -155,6 +157,9 @@ def _cases() -> dict[str, list[tuple]]:
             (self_query, self_query, index, heads, padding[:, :512], 0.125, "mean"),
             (empty(2, 8, 128, 32), empty(2, 8, 128, 32), index, none, none, 0.125, "mean"),
             (wide, wide, none, none, none, 0.125, "mean"),
+            (image, pixels, ids(1, 32), none, none, 0.125, "mean"),
+            (image.float(), pixels.float(), ids(1, 32), none, none, 0.125, "mean"),
+            (*full, none, none, none, 0.125, "none"),
         ],
         "aggregate_attention": [
             (map_, index, none, "mean", False),
@@ -172,7 +177,10 @@ def _cases() -> dict[str, list[tuple]]:
             (longer, longer > 0, none, *by_ratio, *no_share, empty(2, 65536, dtype=torch.uint8)),
         ],
         "draw_queries": [(empty(2, 256), 38, none, none), (long, 38, none, none)],
-        "gather_tokens": [(empty(2, 1024, 512, dtype=half), ids(2, 870))],
+        "gather_tokens": [
+            (empty(2, 1024, 512, dtype=half), ids(2, 870)),
+            (empty(2, 1024, 512), ids(2, 870)),
+        ],
         "gather_tokens_backward": [
             (empty(2, 870, 512, dtype=half), ids(2, 870), 1024),
             (empty(2, 870, 5), ids(2, 870), 1024),
