@@ -167,12 +167,15 @@ def select_tokens(
     )
     if num_masked_rows is not None:
         num_masked_rows = num_masked_rows.long().contiguous()
-    scores = scores.float().contiguous()
+    if _backend(scores) == "cpu":  # a GPU's kernel reads every dtype
+        scores = scores.float()
+    scores = scores.contiguous()
     key_padding_mask, noise = _contiguous(key_padding_mask, noise)
     selection = _selection(batch, tokens, visible, masked, scores.device)
     _count("select_tokens", scores)
     _module().select_tokens(
         scores.data_ptr(),
+        _DTYPES[scores.dtype],
         _address(key_padding_mask),
         _address(noise),
         batch,

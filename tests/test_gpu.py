@@ -437,6 +437,16 @@ def test_memory(forced: Run, no_kernels: None, queries: int, tokens: int):
     assert extra <= MIB, f"{extra} bytes"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("run", runs(("select_tokens",)))
+def test_memory_of_half_precision(forced: Run, no_kernels: None, dtype: torch.dtype):
+    inputs = memory_inputs(forced.op, *WIDTHS[-1])
+    inputs["scores"] = empty(*inputs["scores"].shape, dtype=dtype)
+    perform(forced.op, inputs)
+    extra = HERE.extra_bytes(lambda: perform(forced.op, inputs))
+    assert extra <= MIB, f"{extra} bytes"  # a float32 copy takes 16 MiB
+
+
 # Sizes
 
 FAR = 1 << 31  # elements

@@ -112,6 +112,16 @@ __device__ inline T* cluster_map(T* shared, unsigned) {
 
 #endif  // __CUDACC__
 
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+__device__ inline float to_float(Float16 x) { return half_to_float(x.bits); }
+
 // Where a thread is in its block.
 __device__ inline unsigned lane() { return threadIdx.x % kWarp; }
 __device__ inline unsigned warp() { return threadIdx.x / kWarp; }

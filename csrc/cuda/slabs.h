@@ -16,16 +16,6 @@ constexpr int kWords = 8;               // of 16 bytes: a row of a slab
 constexpr int kPitch = kWords * 16;     // from one row to the next
 constexpr int kMostPlaces = 3;
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
-__device__ inline float to_float(Float16 x) { return half_to_float(x.bits); }
-
 template <class T, bool kStay>
 class Slabs {
  public:
