@@ -125,8 +125,8 @@ struct SelfGuidedMaskingArgs {
 
 struct RandomMaskingArgs {
   const float* noise;       // (B, N)
-  GatherTokensArgs gather;  // its ids: a (B, V) buffer to be written here
-  int64_t* ids_visible;     // the same buffer
+  GatherTokensArgs gather;  // its ids, on the CPU: a (B, V) buffer to be written here
+  int64_t* ids_visible;     // the same buffer; null on a GPU
   float* mask;              // (B, N)
   int64_t* ids_restore;     // (B, N)
 };

@@ -178,6 +178,11 @@ std::string shapes(const RestoreTokensArgs& a) {
 std::string shapes(const SelfGuidedMaskingArgs& a) {
   return shapes(a.attention) + ", " + std::to_string(a.num_gathers) + " tensors of tokens";
 }
+std::string shapes(const RandomMaskingArgs& a) {
+  return "tokens " + shape({a.gather.batch, a.gather.tokens}) + " of " +
+         std::to_string(a.gather.row_bytes) + " bytes, of which " +
+         std::to_string(a.gather.visible) + " stay";
+}
 std::string shapes(const BipartitionArgs& a) {
   return "embeddings " + shape({a.batch, a.tokens, a.width});
 }
@@ -211,8 +216,8 @@ void run(void (*on_processor)(const Args&), const Args& a) {
 
 std::vector<std::string> cuda_ops() {
 #ifdef SMA_CUDA_ARCHS
-  return {"attention_scores", "select_tokens",       "gather_tokens",
-          "restore_tokens",   "self_guided_masking", "bipartition"};
+  return {"attention_scores",    "select_tokens",  "gather_tokens", "restore_tokens",
+          "self_guided_masking", "random_masking", "bipartition"};
 #else
   return {};
 #endif
@@ -492,7 +497,7 @@ void random_masking(const Gather& gather, Address noise, int64_t batch, int64_t 
   a.mask = at<float>(mask);
   a.ids_restore = at<int64_t>(ids_restore);
   check_length("tokens", tokens);
-  run(kernels()->random_masking, a);
+  run("random_masking", kernels()->random_masking, SMA_CUDA(random_masking), a, where);
 }
 
 void bipartition(Address embeddings, int dtype, int64_t batch, int64_t tokens, int64_t width,

@@ -356,7 +356,8 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
     tokens, stride = _even_rows(tokens)
     noise = noise.contiguous()
     visible = _empty((batch, keep) + tokens.shape[2:], tokens.dtype, tokens.device)
-    ids_visible = _empty((batch, keep), torch.int64, tokens.device)
+    on_cpu = _backend(tokens) == "cpu"
+    ids_visible = _empty((batch, keep), torch.int64, tokens.device) if on_cpu else None
     mask = _empty((batch, count), torch.float32, tokens.device)
     ids_restore = _empty((batch, count), torch.int64, tokens.device)
     _count("random_masking", tokens)
@@ -366,7 +367,7 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
         batch,
         count,
         keep,
-        ids_visible.data_ptr(),
+        _address(ids_visible),
         mask.data_ptr(),
         ids_restore.data_ptr(),
         _where(tokens),

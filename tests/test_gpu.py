@@ -483,11 +483,18 @@ def many_rows(op: str, batch: int, tokens: int, width: int) -> dict:
             "ids_restore": ids(batch, tokens, tokens),
             "fill": values(width, dtype=torch.bfloat16),
         }
+    if op == "random_masking":
+        rows = values(batch, tokens, width, dtype=torch.bfloat16)
+        noise = values(batch, tokens, dtype=torch.float32)
+        return {"tokens": rows, "mask_ratio": 0.75, "noise": noise}
     return {"scores": values(batch, tokens * width, dtype=torch.float32), "mask_ratio": 0.3}
 
 
+MANY_ROWS = ("gather_tokens", "restore_tokens", "random_masking", "select_tokens")
+
+
 @pytest.mark.parametrize("width", [8, 7])  # rows that are copied by 16 bytes, and by 2
-@pytest.mark.parametrize("run", runs(("gather_tokens", "restore_tokens", "select_tokens")))
+@pytest.mark.parametrize("run", runs(MANY_ROWS))
 def test_more_elements_than_32_bits_count(forced: Run, width: int):
     tokens, elements, part = (8, 1 << 9, 3) if DRY else (128, FAR, 4096)
     batch = elements // (tokens * width) + part + 1
