@@ -41,7 +41,8 @@ struct AggregateAttentionArgs {
 // How many tokens each row masks: the ratio where it is not negative, else the row's own number,
 // else num_masked.
 struct SelectTokensArgs {
-  const float* scores;     // (B, N)
+  const void* scores;      // (B, N)
+  int dtype;               // of the scores: float32 on the CPU, not float64 on a GPU
   const uint8_t* padding;  // (B, N), or null
   const float* noise;      // (B, N), or null
   int64_t batch, tokens, width_visible, width_masked;
@@ -126,8 +127,8 @@ struct SelfGuidedMaskingArgs {
 
 struct RandomMaskingArgs {
   const float* noise;       // (B, N)
-  GatherTokensArgs gather;  // its ids: a (B, V) buffer to be written here
-  int64_t* ids_visible;     // the same buffer
+  GatherTokensArgs gather;  // its ids, on the CPU: a (B, V) buffer to be written here
+  int64_t* ids_visible;     // the same buffer; null on a GPU
   float* mask;              // (B, N)
   int64_t* ids_restore;     // (B, N)
 };

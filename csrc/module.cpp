@@ -186,6 +186,11 @@ std::string shapes(const RestoreTokensBackwardArgs& a) {
 std::string shapes(const SelfGuidedMaskingArgs& a) {
   return shapes(a.attention) + ", " + std::to_string(a.num_gathers) + " tensors of tokens";
 }
+std::string shapes(const RandomMaskingArgs& a) {
+  return "tokens " + shape({a.gather.batch, a.gather.tokens}) + " of " +
+         std::to_string(a.gather.row_bytes) + " bytes, of which " +
+         std::to_string(a.gather.visible) + " stay";
+}
 std::string shapes(const BipartitionArgs& a) {
   return "embeddings " + shape({a.batch, a.tokens, a.width});
 }
@@ -221,7 +226,7 @@ std::vector<std::string> cuda_ops() {
 #ifdef SMA_CUDA_ARCHS
   return {"attention_scores",       "select_tokens",  "gather_tokens",
           "gather_tokens_backward", "restore_tokens", "restore_tokens_backward",
-          "self_guided_masking",    "bipartition"};
+          "self_guided_masking",    "random_masking", "bipartition"};
 #else
   return {};
 #endif
@@ -263,14 +268,16 @@ AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_
   return a;
 }
 
-SelectTokensArgs select_args(Address scores, Address padding, Address noise, int64_t batch,
-                             int64_t tokens, int64_t width_visible, int64_t width_masked,
-                             double mask_ratio, Address num_masked_rows, int64_t num_masked,
-                             double random_fraction, double pool_ratio, Address mask,
-                             Address ids_visible, Address ids_masked, Address ids_restore,
-                             Address out_num_visible, Address out_num_masked, const Where& where) {
+SelectTokensArgs select_args(Address scores, int dtype, Address padding, Address noise,
+                             int64_t batch, int64_t tokens, int64_t width_visible,
+                             int64_t width_masked, double mask_ratio, Address num_masked_rows,
+                             int64_t num_masked, double random_fraction, double pool_ratio,
+                             Address mask, Address ids_visible, Address ids_masked,
+                             Address ids_restore, Address out_num_visible, Address out_num_masked,
+                             const Where& where) {
   SelectTokensArgs a = {};
-  a.scores = at<float>(scores);
+  a.scores = at<void>(scores);
+  a.dtype = dtype;
   a.padding = at<uint8_t>(padding);
   a.noise = at<float>(noise);
   a.batch = batch;
@@ -354,16 +361,16 @@ void aggregate_attention(Address attention, int dtype, int64_t batch, int64_t he
   run(kernels()->aggregate_attention, a);
 }
 
-void select_tokens(Address scores, Address padding, Address noise, int64_t batch, int64_t tokens,
-                   int64_t width_visible, int64_t width_masked, double mask_ratio,
+void select_tokens(Address scores, int dtype, Address padding, Address noise, int64_t batch,
+                   int64_t tokens, int64_t width_visible, int64_t width_masked, double mask_ratio,
                    Address num_masked_rows, int64_t num_masked, double random_fraction,
                    double pool_ratio, Address mask, Address ids_visible, Address ids_masked,
                    Address ids_restore, Address out_num_visible, Address out_num_masked,
                    const Where& where) {
   const SelectTokensArgs a =
-      select_args(scores, padding, noise, batch, tokens, width_visible, width_masked, mask_ratio,
-                  num_masked_rows, num_masked, random_fraction, pool_ratio, mask, ids_visible,
-                  ids_masked, ids_restore, out_num_visible, out_num_masked, where);
+      select_args(scores, dtype, padding, noise, batch, tokens, width_visible, width_masked,
+                  mask_ratio, num_masked_rows, num_masked, random_fraction, pool_ratio, mask,
+                  ids_visible, ids_masked, ids_restore, out_num_visible, out_num_masked, where);
   run("select_tokens", kernels()->select_tokens, SMA_CUDA(select_tokens), a, where);
 }
 
@@ -473,9 +480,10 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
   a.attention = attention_args(query, key, dtype, batch, heads, kv_heads, queries, tokens, selected,
                                width, query_strides, key_strides, query_index, head_index, padding,
                                scale, reduce, scores, scratch, where);
-  a.select = select_args(scores, padding, noise, batch, tokens, width_visible, width_masked,
-                         mask_ratio, 0, 0, random_fraction, pool_ratio, mask, ids_visible,
-                         ids_masked, ids_restore, out_num_visible, out_num_masked, where);
+  a.select =
+      select_args(scores, kFloat32, padding, noise, batch, tokens, width_visible, width_masked,
+                  mask_ratio, 0, 0, random_fraction, pool_ratio, mask, ids_visible, ids_masked,
+                  ids_restore, out_num_visible, out_num_masked, where);
   if (reduce == kNone) throw py::value_error("head_reduce: got 'none', allowed is 'mean' or 'sum'");
   if (mask_queries) {
     if (queries != tokens)
@@ -503,7 +511,7 @@ void random_masking(const Gather& gather, Address noise, int64_t batch, int64_t 
   a.mask = at<float>(mask);
   a.ids_restore = at<int64_t>(ids_restore);
   check_length("tokens", tokens);
-  run(kernels()->random_masking, a);
+  run("random_masking", kernels()->random_masking, SMA_CUDA(random_masking), a, where);
 }
 
 void bipartition(Address embeddings, int dtype, int64_t batch, int64_t tokens, int64_t width,

@@ -60,9 +60,10 @@ void for_each_row(int64_t batch, int64_t tokens, int64_t work, int threads, cons
 }
 
 inline void select_tokens(const SelectTokensArgs& a) {
+  const float* scores = static_cast<const float*>(a.scores);
   for_each_row(a.batch, a.tokens, a.batch * a.tokens * 4, a.threads,
                [&](int64_t b, const SelectScratch& s, const Team& team) {
-                 select_row(a, b, a.scores + b * a.tokens, s, team);
+                 select_row(a, b, scores + b * a.tokens, s, team);
                });
 }
 

@@ -1,4 +1,7 @@
-"""random_masking in Triton: a selection by noise alone, then the visible rows, each read once."""
+"""random_masking in Triton: a selection by noise alone, then the visible rows, each read once.
+
+No ids are kept between the two: a search of ids_restore finds which token stands at a place.
+"""
 
 import torch
 import triton
@@ -57,27 +60,37 @@ def random_long_kernel(
         seen_before += tl.sum(seen.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def visible_rows_kernel(
     tokens,  # (B, N, C)
     ids_restore,  # (B, N), contiguous
     out,  # (B, V, C), contiguous
-    rows,  # B * N
     count,  # N
     visible,  # V
     width,  # C
     batch_stride,
     token_stride,
+    blocks,  # of the visible rows of a sample
+    steps,  # that a search among N - V + 1 tokens takes
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    place = program % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    place = tl.load(ids_restore + row, mask=row < rows, other=-1)
-    seen = (place >= 0) & (place < visible)
-    sample = row // count
-    start = sample * batch_stride + row % count * token_stride
-    mask = seen[:, None] & (column < width)[None, :]
+    live = place < visible
+    # the token at a place is the first with more visible ones up to it
+    token = place
+    last = place + (count - visible)
+    for _ in range(steps):
+        middle = token + (last - token) // 2
+        to = tl.load(ids_restore + sample * count + middle, mask=live, other=0).to(tl.int32)
+        enough = tl.where(to < visible, to + 1, middle - (to - visible)) > place
+        token = tl.where(enough, token, middle + 1)
+        last = tl.where(enough, middle, last)
+    start = sample * batch_stride + token.to(tl.int64) * token_stride
+    mask = live[:, None] & (column < width)[None, :]
     values = tl.load(tokens + start[:, None] + column[None, :], mask=mask, other=0)
     to = (sample * visible + place) * width
     tl.store(out + to[:, None] + column[None, :], values, mask=mask)
@@ -114,14 +127,12 @@ def launch(
                 flat = flat.contiguous()
             width = flat.shape[2]
             chosen = copied("random_masking.rows", tokens.device, width, words.itemsize)
-            rows = batch * count
-            grid = (
-                triton.cdiv(rows, chosen["BLOCK_ROWS"]),
-                triton.cdiv(width, chosen["BLOCK_WIDTH"]),
-            )
+            blocks = triton.cdiv(visible, chosen["BLOCK_ROWS"])
+            grid = (batch * blocks, triton.cdiv(width, chosen["BLOCK_WIDTH"]))
+            steps = (count - visible).bit_length()
             visible_rows_kernel[grid](
-                *(flat, ids_restore, words, rows, count, visible, width),
-                *(flat.stride(0), flat.stride(1)),
+                *(flat, ids_restore, words, count, visible, width),
+                *(flat.stride(0), flat.stride(1), blocks, steps),
                 **chosen,
             )
     return out, mask, ids_restore

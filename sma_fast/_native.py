@@ -167,12 +167,15 @@ def select_tokens(
     )
     if num_masked_rows is not None:
         num_masked_rows = num_masked_rows.long().contiguous()
-    scores = scores.float().contiguous()
+    if _backend(scores) == "cpu":  # a GPU's kernel reads every dtype
+        scores = scores.float()
+    scores = scores.contiguous()
     key_padding_mask, noise = _contiguous(key_padding_mask, noise)
     selection = _selection(batch, tokens, visible, masked, scores.device)
     _count("select_tokens", scores)
     _module().select_tokens(
         scores.data_ptr(),
+        _DTYPES[scores.dtype],
         _address(key_padding_mask),
         _address(noise),
         batch,
@@ -355,7 +358,8 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
     tokens, stride = _even_rows(tokens)
     noise = noise.contiguous()
     visible = _empty((batch, keep) + tokens.shape[2:], tokens.dtype, tokens.device)
-    ids_visible = _empty((batch, keep), torch.int64, tokens.device)
+    on_cpu = _backend(tokens) == "cpu"
+    ids_visible = _empty((batch, keep), torch.int64, tokens.device) if on_cpu else None
     mask = _empty((batch, count), torch.float32, tokens.device)
     ids_restore = _empty((batch, count), torch.int64, tokens.device)
     _count("random_masking", tokens)
@@ -365,7 +369,7 @@ def random_masking(tokens, noise, mask_ratio) -> tuple[Tensor, Tensor, Tensor]:
         batch,
         count,
         keep,
-        ids_visible.data_ptr(),
+        _address(ids_visible),
         mask.data_ptr(),
         ids_restore.data_ptr(),
         _where(tokens),

@@ -26,6 +26,7 @@ OPS = {  # a case, and what the error says of its shapes
         r"query \(2, 2, 5, 8\), key \(2, 2, 12, 8\), of which 3 queries are selected, "
         r"1 tensors of tokens",
     ),
+    "random_masking": ("given noise", r"tokens \(3, 12\) of 20 bytes, of which 7 stay"),
 }
 ERRORS = {  # CUDA's number, its words, and what to do
     "built for other GPUs": (209, "no kernel image", "set SMA_FAST_CUDA_ARCHS to .* install again"),

@@ -309,8 +309,10 @@ def run_kernels(files: list[str], only: str, **variables: str) -> None:
 
 def test_the_kernels_of_gpus_without_clusters():
     """As the first architecture that is built has them."""
-    files = [f"tests/test_{op}.py" for op in ("attention_scores", "self_guided_masking")]
-    some = "cuda-emulated and (test_literal or test_cases and float32 or turns or too_long)"
+    ops = ("attention_scores", "self_guided_masking", "random_masking")
+    files = [f"tests/test_{op}.py" for op in ops]
+    some = "test_literal or test_cases and float32 or turns or too_long or many_blocks"
+    some = f"cuda-emulated and ({some})"
     run_kernels(files, some, SMA_EMULATED_ARCH="80")
 
 
@@ -322,7 +324,7 @@ def test_the_kernels_of_gpus_without_room_for_large_clusters():
 
 OF_OTHER_ORDERS = (  # rows of a warp, of a block and of a cluster; heads and keys that are shared
     "cuda-emulated and (test_literal or test_cases and (float32 or bfloat16)"
-    " or test_is_the_three_ops_in_a_row or test_drawn_tokens_of_long_rows"
+    " or test_is_the_three_ops_in_a_row or test_drawn_tokens_of_long_rows or test_many_blocks"
     " or test_long_rows and few and 0.15 or with_several_ids or test_backward_of_one_fill)"
 )
 
@@ -330,7 +332,8 @@ OF_OTHER_ORDERS = (  # rows of a warp, of a block and of a cluster; heads and ke
 @pytest.mark.parametrize("other", SEEDS[1:2])
 def test_the_kernels_in_another_order(other: str):
     """A barrier that is missing shows in one order of the threads, and not in another."""
-    ops = ("select_tokens", "self_guided_masking", "gather_tokens", "restore_tokens")
+    masking = ("select_tokens", "self_guided_masking", "random_masking")
+    ops = (*masking, "gather_tokens", "restore_tokens")
     files = [f"tests/test_{op}.py" for op in ops]
     run_kernels(files, OF_OTHER_ORDERS, SMA_EMULATED_SEED=other)
 

@@ -437,6 +437,16 @@ def test_memory(forced: Run, no_kernels: None, queries: int, tokens: int):
     assert extra <= MIB, f"{extra} bytes"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("run", runs(("select_tokens",)))
+def test_memory_of_half_precision(forced: Run, no_kernels: None, dtype: torch.dtype):
+    inputs = memory_inputs(forced.op, *WIDTHS[-1])
+    inputs["scores"] = empty(*inputs["scores"].shape, dtype=dtype)
+    perform(forced.op, inputs)
+    extra = HERE.extra_bytes(lambda: perform(forced.op, inputs))
+    assert extra <= MIB, f"{extra} bytes"  # a float32 copy takes 16 MiB
+
+
 # Sizes
 
 FAR = 1 << 31  # elements
@@ -479,12 +489,16 @@ def many_rows(op: str, batch: int, tokens: int, width: int) -> dict:
     if op == "restore_tokens_backward":
         grad = values(batch, tokens, width, dtype=torch.bfloat16)
         return {"grad": grad, "ids": ids(batch, tokens, tokens), "visible": 5, "fill": tokens - 5}
+    if op == "random_masking":
+        rows = values(batch, tokens, width, dtype=torch.bfloat16)
+        noise = values(batch, tokens, dtype=torch.float32)
+        return {"tokens": rows, "mask_ratio": 0.75, "noise": noise}
     return {"scores": values(batch, tokens * width, dtype=torch.float32), "mask_ratio": 0.3}
 
 
 FAR_OPS = (
     *("gather_tokens", "gather_tokens_backward", "restore_tokens", "restore_tokens_backward"),
-    "select_tokens",
+    *("random_masking", "select_tokens"),
 )
 
 

@@ -77,6 +77,23 @@ def test_large(backend, four_threads, dtype, width):
     backend.assert_same_as_oracle(OP, inputs)
 
 
+# samples that several blocks of a GPU share, that take two launches, of more tokens than one holds
+HALF = torch.bfloat16
+MANY_BLOCKS = {
+    "one sample": {"batch": 1, "tokens": 196, "trailing": (401,)},
+    "few samples": {"dtype": HALF, "batch": 3, "tokens": 300, "trailing": (700,)},
+    "narrow rows": {"dtype": HALF, "tokens": 20_000, "trailing": (8,), "mask_ratio": 0.1},
+    "long rows": {"dtype": HALF, "batch": 2, "tokens": 70_001, "mask_ratio": 0.75},
+    "long rows, no ties": {"batch": 1, "tokens": 70_001, "noise": "normal"},
+    "long rows, all masked": {"batch": 1, "tokens": 70_001, "mask_ratio": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", MANY_BLOCKS)
+def test_many_blocks(backend, name):
+    backend.assert_same_as_oracle(OP, random_inputs(**MANY_BLOCKS[name]))
+
+
 @pytest.mark.not_interpreted
 @given(
     batch=st.integers(0, 4),

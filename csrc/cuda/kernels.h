@@ -24,6 +24,7 @@ int attention_scores(const AttentionScoresArgs& a, const Place& place);
 // The same in one launch, or kNotAtOnce.
 int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place);
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
+int random_masking(const RandomMaskingArgs& a, const Place& place);
 int bipartition(const BipartitionArgs& a, const Place& place);
 int gather_tokens(const GatherTokensArgs& a, const Place& place);
 int gather_tokens_backward(const GatherTokensBackwardArgs& a, const Place& place);

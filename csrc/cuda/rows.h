@@ -137,19 +137,24 @@ __host__ __device__ inline uint64_t word_bits(const GatherTokensArgs& a) {
          static_cast<uint64_t>(a.token_bytes) | static_cast<uint64_t>(a.row_bytes);
 }
 
+// The words of `rows` rows that one of `blocks` copies.
+template <class Index>
+__device__ Words<Index> share_of_words(int64_t rows, int64_t row_words, unsigned rank,
+                                       unsigned blocks) {
+  const auto all = static_cast<uint64_t>(rows * row_words);
+  return {static_cast<Index>(row_words), static_cast<Index>(all * rank / blocks),
+          static_cast<Index>(all * (rank + 1) / blocks), Divisor<Index>(row_words)};
+}
+
 // A cluster gathers a sample's rows, of fewer than kSmallCopy words.
 __device__ inline void gather_sample(const GatherTokensArgs& a, int64_t sample) {
   with_word(word_bits(a), [&](auto word) {
     using Word = decltype(word);
     const int64_t row_words = a.row_bytes / static_cast<int64_t>(sizeof(Word));
-    const uint64_t all = static_cast<uint64_t>(a.visible * row_words);
-    const Words<uint32_t> words = {
-        static_cast<uint32_t>(row_words),
-        static_cast<uint32_t>(all * cluster_rank() / cluster_size()),
-        static_cast<uint32_t>(all * (cluster_rank() + 1) / cluster_size()),
-        Divisor<uint32_t>(row_words)};
-    copy_rows(static_cast<Word*>(a.out) + sample * all, words, threadIdx.x, blockDim.x,
-              GatherRows(a, sample));
+    const auto words =
+        share_of_words<uint32_t>(a.visible, row_words, cluster_rank(), cluster_size());
+    copy_rows(static_cast<Word*>(a.out) + sample * a.visible * row_words, words, threadIdx.x,
+              blockDim.x, GatherRows(a, sample));
   });
 }
 

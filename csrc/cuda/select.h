@@ -6,21 +6,70 @@
 namespace sma {
 namespace cuda {
 
-template <bool kHeld, bool kPlain, bool kTogether>
+// What select_tokens writes of a row: the chosen are masked.
+class MaskHighest {
+ public:
+  using Args = SelectTokensArgs;
+  static constexpr float kSign = 1.0f;     // keys are made of the scores times this
+  static constexpr bool kIsPlain = false;  // whether all rows are, see is_plain
+
+  // begin: from here on tokens count.
+  __device__ MaskHighest(const Args& args, int64_t sample, unsigned begin)
+      : a(args),
+        b(sample),
+        begin(begin),
+        width_visible(static_cast<unsigned>(a.width_visible)),
+        mask(hoisted(a.mask + b * a.tokens + begin)),
+        restore(hoisted(a.ids_restore + b * a.tokens + begin)),
+        masked(hoisted(a.ids_masked + b * a.width_masked)),
+        visible(hoisted(a.ids_visible + b * a.width_visible)) {}
+
+  // at: how many like it, chosen or not, are in front of a token.
+  __device__ void token(unsigned i, bool is_valid, bool chosen, unsigned at) const {
+    if (is_valid) (chosen ? masked : visible)[at] = begin + i;
+    restore[i] = is_valid ? int64_t{at + (chosen ? width_visible : 0)} : -1;
+    mask[i] = chosen;
+  }
+
+  // count: of the chosen, among `valid` tokens.
+  __device__ void end(unsigned count, unsigned valid) const {
+    const unsigned thread = cluster_rank() * blockDim.x + threadIdx.x;
+    const unsigned threads = cluster_size() * blockDim.x;
+    for (int64_t i = count + thread; i < a.width_masked; i += threads) masked[i] = -1;
+    for (int64_t i = valid - count + thread; i < a.width_visible; i += threads) visible[i] = -1;
+    if (thread == 0) {
+      a.out_num_visible[b] = static_cast<int32_t>(valid - count);
+      a.out_num_masked[b] = static_cast<int32_t>(count);
+    }
+  }
+
+ private:
+  const Args& a;
+  const int64_t b;
+  const unsigned begin, width_visible;
+  uint8_t* const mask;
+  int64_t *const restore, *const masked, *const visible;
+};
+
+// Output: what is written, as MaskHighest.
+template <bool kHeld, bool kPlain, bool kTogether, class Output>
 class SelectRow {
  public:
+  using Args = typename Output::Args;
+
   // keys: as RowKeys takes them.
-  __device__ SelectRow(const SelectTokensArgs& args, int64_t sample, const RowShare& share,
+  __device__ SelectRow(const Args& args, int64_t sample, const RowShare& share,
                        SelectShared* shared, uint32_t* held)
       : keys(args, sample, share.searched, shared, held),
         written({share.written.begin - keys.begin, share.written.end - keys.begin}),
         a(args),
         s(*shared) {}
 
-  // Other blocks of the cluster are done too at the end where they search together.
-  __device__ void run() {
+  // dtype: of the scores. Other blocks of the cluster are done too at the end where they search
+  // together.
+  __device__ void run(int dtype) {
     keys.mark_tokens();
-    unsigned competing = keys.read_keys(a.scores, 1.0f);
+    unsigned competing = keys.read_keys(a.scores, dtype, Output::kSign);
     const unsigned valid = competing, count = masked_of(valid);
     if constexpr (kPlain) {
       finish(find(count, competing), count, valid);
@@ -35,7 +84,7 @@ class SelectRow {
         const Threshold t = find(wanted, competing);
         if (last) return finish(t, count, valid);
         settle(t, has_pool ? kCompetes : kTaken, has_pool ? kPassed : kCompetes);
-        competing = keys.read_keys(a.noise, -1.0f);
+        competing = keys.read_keys(a.noise, kFloat32, -1.0f);
         if (has_pool) wanted = count;
         else wanted = count - wanted;
       }
@@ -46,7 +95,7 @@ class SelectRow {
   using Keys = RowKeys<kHeld, kPlain, kTogether>;
   Keys keys;
   const Span written;
-  const SelectTokensArgs& a;
+  const Args& a;
   SelectShared& s;
 
   static __device__ unsigned rounded(double x) { return static_cast<unsigned>(rint(x)); }
@@ -165,28 +214,13 @@ class SelectRow {
   }
 
   __device__ void finish(Threshold t, unsigned count, unsigned valid) {
-    const int64_t b = keys.b;
-    uint8_t* const mask = hoisted(a.mask + keys.row + keys.begin);
-    int64_t* const restore = hoisted(a.ids_restore + keys.row + keys.begin);
-    int64_t* const masked = hoisted(a.ids_masked + b * a.width_masked);
-    int64_t* const visible = hoisted(a.ids_visible + b * a.width_visible);
-    const auto width_visible = static_cast<unsigned>(a.width_visible);
+    const Output out(a, keys.b, keys.begin);
     sweep(t, written,
           [&](unsigned i, uint32_t key, bool choose, unsigned chosen, unsigned valid_before) {
-            const unsigned at = choose ? chosen : valid_before - chosen;
-            const bool is_valid = kPlain || key != kPadding;
-            if (is_valid) (choose ? masked : visible)[at] = keys.begin + i;
-            restore[i] = is_valid ? int64_t{at + (choose ? width_visible : 0)} : -1;
-            mask[i] = choose;
+            out.token(i, kPlain || key != kPadding, choose,
+                      choose ? chosen : valid_before - chosen);
           });
-    const unsigned thread = cluster_rank() * blockDim.x + threadIdx.x;
-    const unsigned threads = cluster_size() * blockDim.x;
-    for (int64_t i = count + thread; i < a.width_masked; i += threads) masked[i] = -1;
-    for (int64_t i = valid - count + thread; i < a.width_visible; i += threads) visible[i] = -1;
-    if (thread == 0) {
-      a.out_num_visible[b] = static_cast<int32_t>(valid - count);
-      a.out_num_masked[b] = static_cast<int32_t>(count);
-    }
+    out.end(count, valid);
     if constexpr (kTogether) cluster_sync();  // others may still read this block's shared memory
   }
 };
@@ -201,16 +235,17 @@ inline size_t select_sample_bytes(int64_t tokens) {
   return sizeof(SelectShared) + held_bytes(tokens);
 }
 
-// The blocks of a cluster select the tokens of a sample: each searches all of them, and writes its
-// part. So they wait for each other only once, at the end.
-__device__ inline void select_sample(const SelectTokensArgs& a, int64_t sample, char* memory) {
+// The blocks of a cluster select the tokens of a sample by float32 scores: each searches all of
+// them, and writes its part. So they wait for each other only once, at the end.
+template <class Output>
+__device__ inline void select_sample(const typename Output::Args& a, int64_t sample, char* memory) {
   const auto tokens = static_cast<unsigned>(a.tokens);
   const unsigned part = (tokens + cluster_size() - 1) / cluster_size();
   auto* const shared = reinterpret_cast<SelectShared*>(memory);
   auto* const keys = reinterpret_cast<uint32_t*>(shared + 1);
   const RowShare share = {{0, tokens}, part_of_row(tokens, part, cluster_rank())};
-  SelectRow<true, false, false>(a, sample, share, shared, keys).run();
-  cluster_sync();  // ids can now be read
+  SelectRow<true, Output::kIsPlain, false, Output>(a, sample, share, shared, keys).run(kFloat32);
+  cluster_sync();  // what was written can now be read
 }
 
 }  // namespace cuda

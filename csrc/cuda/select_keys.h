@@ -4,7 +4,7 @@
 // keys are made from the scores each time, and what is known of a token lies in the mask.
 #pragma once
 #include "../args.h"
-#include "device.h"
+#include "numbers.h"
 
 namespace sma {
 namespace cuda {
@@ -36,6 +36,14 @@ __device__ inline uint32_t ordered_key(float x, float sign) {
 constexpr uint32_t kLastKey = 0x007FFFFFu;   // of -inf
 constexpr uint32_t kFirstKey = 0xFF800000u;  // of +inf
 constexpr uint32_t kNoKey = 0xFFFFFFFEu;     // above all that compete
+
+// Calls body with a row's numbers as what they are: float32, bfloat16 or float16.
+template <class Body>
+__device__ inline void with_type(const void* values, int dtype, const Body& body) {
+  if (dtype == kFloat32) body(static_cast<const float*>(values));
+  else if (dtype == kBFloat16) body(static_cast<const BFloat16*>(values));
+  else body(static_cast<const Float16*>(values));
+}
 
 // What stands in place of a key for a token without one, so that all that are masked already are
 // above a threshold, and all that cannot be are below. In the mask of a row, only the last byte.
@@ -137,7 +145,7 @@ class RowKeys {
   // A token's key, or the mark that stands in its place.
   __device__ uint32_t key_of(unsigned i) const {
     if constexpr (kHeld) return keys[i];
-    else return made_key(mark(i), values[i]);
+    else return made_key(mark(i), value(i));
   }
 
   // Calls body(key) for the keys of what is searched, each in one thread; and for marks.
@@ -175,9 +183,11 @@ class RowKeys {
   }
 
   // Makes keys of the competing tokens; returns how many the row has.
-  __device__ unsigned read_keys(const float* row_values, float row_sign) {
-    values = row_values + row + begin;
-    sign = row_sign;
+  __device__ unsigned read_keys(const void* all_values, int all_dtype, float all_sign) {
+    const int64_t size_of_one = all_dtype == kFloat32 ? 4 : 2;
+    values = hoisted(static_cast<const char*>(all_values) + (row + begin) * size_of_one);
+    dtype = all_dtype;
+    sign = all_sign;
     uint32_t low = kNoKey, high = 0;
     unsigned competing = 0;
     const auto take = [&](unsigned i, float value) {
@@ -189,23 +199,17 @@ class RowKeys {
       if constexpr (!kPlain) competing += competes;
     };
     constexpr unsigned kOfWarp = kReads * kWarp;
-    const float* const from = hoisted(values);
     for (unsigned start = warp() * kOfWarp; start < size; start += blockDim.x * kReads) {
       const unsigned first = start + lane();
-      float value[kReads];
-      if (start + kOfWarp <= size) {
-#pragma unroll
-        for (unsigned j = 0; j < kReads; ++j) value[j] = (from + first)[j * kWarp];
-#pragma unroll
-        for (unsigned j = 0; j < kReads; ++j) take(first + j * kWarp, value[j]);
-      } else {
+      float number[kReads];
+      with_type(values, dtype, [&](const auto* from) {
 #pragma unroll
         for (unsigned j = 0; j < kReads; ++j)
-          value[j] = first + j * kWarp < size ? (from + first)[j * kWarp] : 0.0f;
+          number[j] = first + j * kWarp < size ? to_float(from[first + j * kWarp]) : 0.0f;
+      });
 #pragma unroll
-        for (unsigned j = 0; j < kReads; ++j)
-          if (first + j * kWarp < size) take(first + j * kWarp, value[j]);
-      }
+      for (unsigned j = 0; j < kReads; ++j)
+        if (first + j * kWarp < size) take(first + j * kWarp, number[j]);
     }
     low = __reduce_min_sync(kAllLanes, low);
     high = __reduce_max_sync(kAllLanes, high);
@@ -235,14 +239,20 @@ class RowKeys {
 
  private:
   uint32_t* const keys;
-  const float* values = nullptr;  // what the keys are made of,
-  float sign = 1.0f;              // times this
+  const char* values = nullptr;  // what the keys are made of,
+  int dtype = kFloat32;          // of this type,
+  float sign = 1.0f;             // times this
 
   __device__ uint8_t* marks() const { return a.mask + row + begin; }  // unless held
   __device__ uint32_t mark(unsigned i) const {
     if constexpr (kPlain) return kCompetes;
     else if constexpr (kHeld) return keys[i];
     else return static_cast<uint32_t>(static_cast<int8_t>(marks()[i]));
+  }
+  __device__ float value(unsigned i) const {
+    float x;
+    with_type(values, dtype, [&](const auto* from) { x = to_float(from[i]); });
+    return x;
   }
   __device__ uint32_t made_key(uint32_t mark, float value) const {
     const uint32_t key = ordered_key(value, sign);

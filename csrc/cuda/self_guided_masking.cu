@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWar
   const unsigned sample = blockIdx.x / plan.blocks, rank = blockIdx.x % plan.blocks;
   SampleScores<kType, kTiles>(a.attention, plan, sample, rank, memory).run();
   if (!selects) return;
-  select_sample(a.select, sample, memory);
+  select_sample<MaskHighest>(a.select, sample, memory);
   for (int i = 0; i < a.num_gathers; ++i) gather_sample(a.gathers[i], sample);
 }
 

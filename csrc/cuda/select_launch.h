@@ -1,0 +1,92 @@
+// The selection of many rows in one launch: one block a row, or a cluster of blocks where the row
+// is long.
+#pragma once
+#include "kernels.h"
+#include "select.h"
+
+namespace sma {
+namespace cuda {
+
+constexpr int64_t kMostCluster = 8;    // blocks that every GPU with clusters can bring together,
+constexpr int64_t kLargeCluster = 16;  // and that some can
+constexpr int64_t kLargePart = 16384;  // tokens of a block above which these are better
+
+// From 12.0 on the kernel takes more registers than 1024 threads can have.
+constexpr unsigned select_threads(int major) { return major >= 12 ? 512 : 1024; }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr unsigned kSelectThreads = select_threads(12);
+#else
+constexpr unsigned kSelectThreads = select_threads(0);
+#endif
+
+// The part's keys lie behind SelectShared in shared memory where kHeld says so.
+template <bool kHeld, bool kPlain, bool kTogether, class Output>
+__global__ void __launch_bounds__(kSelectThreads, 1)
+    select_kernel(const __grid_constant__ typename Output::Args a, unsigned part_tokens) {
+  auto* const shared = reinterpret_cast<SelectShared*>(shared_memory());
+  auto* const keys = kHeld ? reinterpret_cast<uint32_t*>(shared + 1) : nullptr;
+  const unsigned blocks = kTogether ? cluster_size() : 1, rank = kTogether ? cluster_rank() : 0;
+  const Span part = part_of_row(static_cast<unsigned>(a.tokens), part_tokens, rank);
+  SelectRow<kHeld, kPlain, kTogether, Output>(a, blockIdx.x / blocks, {part, part}, shared, keys)
+      .run(a.dtype);
+}
+
+// A row is shared by as few blocks as can hold it, and by more while the GPU has room for them.
+inline int64_t blocks_of_row(const SelectTokensArgs& a, const DeviceLimits& limits,
+                             int64_t most_held) {
+  if (limits.major < 9) return 1;
+  int64_t blocks = 1;
+  while (blocks < kMostCluster && a.tokens > blocks * most_held) blocks *= 2;
+  while (blocks < kMostCluster && a.batch * blocks * 2 <= limits.multiprocessors &&
+         a.tokens >= blocks * 4096)
+    blocks *= 2;
+  const bool large = a.tokens > kMostCluster * kLargePart;
+  return large && limits.large_clusters ? kLargeCluster : blocks;
+}
+
+inline unsigned threads_of(int64_t part, int major) {
+  return part <= 64      ? 32
+         : part <= 256   ? 64
+         : part <= 1024  ? 128
+         : part <= 4096  ? 256
+         : part <= 16384 ? 512
+                         : select_threads(major);
+}
+
+template <class Output>
+using SelectKernel = void (*)(typename Output::Args, unsigned);
+
+template <class Output, bool kHeld, bool kPlain>
+SelectKernel<Output> kernel_of(bool together) {
+  return together ? select_kernel<kHeld, kPlain, true, Output>
+                  : select_kernel<kHeld, kPlain, false, Output>;
+}
+template <class Output, bool kHeld>
+SelectKernel<Output> kernel_of(bool plain, bool together) {
+  if (Output::kIsPlain || plain) return kernel_of<Output, kHeld, true>(together);
+  return kernel_of<Output, kHeld, Output::kIsPlain>(together);
+}
+
+// Writes what Output does of every row.
+template <class Output>
+int launch_select(const typename Output::Args& a, const Place& place) {
+  if (a.batch == 0) return cudaSuccess;
+  const OnDevice on(place);
+  if (on.error() != cudaSuccess) return on.error();
+  const DeviceLimits limits = limits_of(place.device);
+  const int64_t room = limits.shared_bytes - static_cast<int64_t>(sizeof(SelectShared));
+  const int64_t most_held = room / static_cast<int64_t>(sizeof(uint4)) * 4;
+  const int64_t blocks = blocks_of_row(a, limits, most_held);
+  if (a.batch * blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const int64_t part = (a.tokens + blocks - 1) / blocks;
+  const bool held = part <= most_held, plain = is_plain(a);
+  Grid grid = {dim3(static_cast<unsigned>(a.batch * blocks)), threads_of(part, limits.major),
+               sizeof(SelectShared) + (held ? held_bytes(part) : 0), static_cast<unsigned>(blocks)};
+  grid.prefers_shared = true;
+  return launch(held ? kernel_of<Output, true>(plain, blocks > 1)
+                     : kernel_of<Output, false>(plain, blocks > 1),
+                grid, place, a, part);
+}
+
+}  // namespace cuda
+}  // namespace sma
