@@ -149,8 +149,22 @@ def assert_result(backend, inputs: dict, layout: str = "packed") -> None:
     assert_unchanged()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES[OP], ids=str)
+def slow_in_the_interpreter(case, dtype) -> bool:
+    return case.name == "long" and dtype != torch.float32
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        pytest.param(
+            *(case, dtype),
+            id=f"{case}-{dtype}",
+            marks=pytest.mark.not_interpreted if slow_in_the_interpreter(case, dtype) else (),
+        )
+        for case in CASES[OP]
+        for dtype in DTYPES
+    ],
+)
 def test_cases(backend, case, dtype):
     assert_result(backend, case.build(dtype))
 
