@@ -40,7 +40,7 @@ from sma_fast.testing import (
     to_device,
 )
 
-pytestmark = pytest.mark.emulated
+pytestmark = [pytest.mark.emulated, pytest.mark.on_gpu]
 
 HERE = Gpu() if torch.cuda.is_available() else StandIn()
 DRY = isinstance(HERE, StandIn)
@@ -476,6 +476,7 @@ def many_rows(op: str, batch: int, tokens: int, width: int) -> dict:
     return {"scores": values(batch, tokens * width, dtype=torch.float32), "mask_ratio": 0.3}
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("width", [8, 7])  # rows that are copied by 16 bytes, and by 2
 @pytest.mark.parametrize("run", runs(("gather_tokens", "restore_tokens", "select_tokens")))
 def test_more_elements_than_32_bits_count(forced: Run, width: int):
@@ -516,6 +517,7 @@ FAR_APART = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("run", runs(FAR_APART))
 def test_samples_far_apart(forced: Run):
     builder, options = SMALL[forced.op]
