@@ -55,10 +55,11 @@ lint: .venv/installed
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 # On a machine with a GPU: tests, benchmarks, compute-sanitizer; GPU holds more options of bench.gpu.
-# Already there: torch built for CUDA, triton, nvcc, setuptools 77 or newer, pybind11, ninja, numpy,
-# pytest, pytest-benchmark, hypothesis and expecttest. flash-colreduce (PyPI) is timed where it is.
+# Already there: torch built for CUDA, triton, nvcc, setuptools 64 or newer (before 70.1 with wheel),
+# pybind11, ninja, numpy, pytest, pytest-benchmark, hypothesis and expecttest. flash-colreduce (PyPI)
+# is timed where it is. Builds for the GPUs it finds.
 gpu:
-	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTHON) -m bench.gpu_install
 	$(PYTHON) -m bench.gpu $(GPU)
 
 # torch comes first and alone: a later step that wants a range of it then installs no other build

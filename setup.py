@@ -94,7 +94,10 @@ class NinjaBuild(build_ext):
     def build(self, module, compiler, nvcc):
         import pybind11
 
-        temp = Path(self.build_temp).resolve()
+        # an editable installation is given a new folder each time, and would compile all again
+        temp = (
+            ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
+        )
         temp.mkdir(parents=True, exist_ok=True)
         openmp = "" if sys.platform == "darwin" else "-fopenmp"
         x86 = platform.machine() in ("x86_64", "AMD64")
@@ -127,7 +130,7 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "rule cuda",
             f"  command = '{nvcc}' -ccbin '{host}' -std=c++17 -O3 -Xcompiler -fPIC {gencode} "
-            "-MMD -MF $out.d -c $in -o $out",
+            "--threads 0 -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
@@ -166,6 +169,7 @@ def escape(path):
 
 
 setup(
+    license="MIT",  # here, since setuptools before and after 77 want it differently in pyproject.toml
     ext_modules=[Extension("sma_fast._C", sources=["csrc/module.cpp"], language="c++")],
     cmdclass={"build_ext": NinjaBuild},
 )

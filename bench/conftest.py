@@ -1,5 +1,6 @@
 """Makes `pytest bench` run bench_*.py, and files the machine's rates and versions in the JSON."""
 
+import contextlib
 import gc
 import json
 import pathlib
@@ -28,6 +29,7 @@ def _batch(text: str) -> int | str:
 def pytest_configure(config):
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("python_functions", "bench_*")
+    config.addinivalue_line("markers", "on_gpu: runs on the GPU")
     if config.option.keep_memory:
         memory.keep_freed_memory()
 
@@ -36,6 +38,7 @@ def pytest_collection_modifyitems(config, items):
     if config.option.device == "cuda":
         for item in items:
             item.add_marker(pytest.mark.benchmark(timer=_cuda_clock))
+            item.add_marker("on_gpu")
 
 
 def _cuda_clock():
@@ -66,7 +69,8 @@ def measure(benchmark, settings):
     memory.release_freed_memory()
     if settings.device == "cuda":  # what one benchmark held is not there for the next
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after a failed capture; see bench.outcomes
+            torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

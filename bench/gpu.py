@@ -3,13 +3,15 @@
 A part of it is enough (`--only tests`), and a later call adds to the JSON of an earlier one: that
 of the same day and machine in `--out`, or the one named with `--start`. What has passed or has been
 measured there is not done again. `--join` joins what several calls wrote and runs nothing. The JSON
-says what ran. Nothing in it is typed by hand: where it was measured without git, the commit comes
-in when a checkout with the same sources touches the file.
+says what ran; which tests have passed lies beside it (.outcomes), for a call that goes on. Nothing
+in it is typed by hand: where it was measured without git, the commit comes in when a checkout with
+the same sources touches the file.
 
 Ends with status 1 where a stage failed.
 """
 
 import argparse
+import functools
 import json
 import signal
 import subprocess
@@ -20,9 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, report, report_gpu
-from bench.gpu_stages import STAGES, Asked
+from bench.gpu_processes import STOP, Asked, joined_parts
+from bench.gpu_stages import STAGES
 
+SHORT_OF_TIME = """
+A GPU lent for 15 minutes, in calls of at most 10: what has targets is measured first, tests on the
+GPU run first, and both files are written as they go, so that a call may be ended at any time.
+
+    make gpu GPU="--only benchmarks --limit 480"               installs, then measures
+    python -m bench.gpu --only tests --limit 270               on the same machine
+
+On a fresh machine, the second call is make gpu's too; bring along the two files that the first one
+wrote, into bench/results or with --start. Without a network, what is to be compared with needs to
+be there: PYTHONPATH is passed on as it is.
+"""
 LIMITS = {"tests": 1800, "benchmarks": 3600, "sanitizer": 600}  # seconds
+OUTCOMES = ".outcomes"
 SAME = ("machine", "device", "sources", "quick", "nvcc", "cuda", "config", "driver")
 
 
@@ -48,14 +63,33 @@ def joined(first: dict, *others: dict) -> dict:
         rows = {(row["run"], row["test"]): row for row in (*first["rows"], *other["rows"])}
         first = {**first, "rows": list(rows.values()), "rates": first["rates"] | other["rates"]}
         for name in set(STAGES) & set(other):
-            stage = {**first.get(name, {}), **other[name]}
-            if name == "tests" and name in first:
-                stage["files"] = first[name]["files"] | other[name]["files"]
-            first[name] = stage
+            first[name] = JOINED[name](first[name], other[name]) if name in first else other[name]
         first["commit"] = first["commit"] or other["commit"]
         if first["uncommitted_changes"] is None:
             first["uncommitted_changes"] = other["uncommitted_changes"]
     return first
+
+
+def _tests(first: dict, other: dict) -> dict:
+    if "outcomes" not in first or "outcomes" not in other:  # the file beside the JSON is missing
+        return other
+    knows = other if other.get("left") is not None else first
+    found = {**joined_parts(first, other), "left": knows.get("left")}
+    if found["left"] is not None:
+        found["left"] -= len(found["outcomes"]) - len(knows["outcomes"])
+    return found
+
+
+def _benchmarks(first: dict, other: dict) -> dict:
+    both = {name: joined_parts(first[name], other[name]) for name in set(first) & set(other)}
+    return {**first, **other, **both}
+
+
+def _sanitizer(first: dict, other: dict) -> dict:
+    return {**first, **other}
+
+
+JOINED = {"tests": _tests, "benchmarks": _benchmarks, "sanitizer": _sanitizer}
 
 
 def with_commit(result: dict) -> dict:
@@ -69,13 +103,34 @@ def _load(file: Path) -> dict:
     result = json.loads(file.read_text())
     if "sources" not in result:
         raise ValueError(f"{file}: not a JSON of bench.gpu")
+    beside = file.with_suffix(OUTCOMES)
+    if "tests" in result and beside.exists():
+        result["tests"]["outcomes"] = json.loads(beside.read_text())
     return result
+
+
+def _save(result: dict, file: Path) -> None:
+    """Writes the JSON, and beside it the outcomes of the tests: they are thousands of names."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if "outcomes" in result.get("tests", {}):
+        tests = dict(result["tests"])
+        _write(file.with_suffix(OUTCOMES), tests.pop("outcomes"))
+        result = {**result, "tests": tests}
+    _write(file, report.rounded(result))
+
+
+def _write(file: Path, content: dict) -> None:
+    # in one step: what ends this process must not leave half a file
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(file)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description=__doc__,
+        epilog=SHORT_OF_TIME,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
@@ -111,10 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     result = with_commit(result)
 
-    def save() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report.rounded(result), indent=1) + "\n")
-
+    save = functools.partial(_save, result, file)
     save()
     good = True
     asked = Asked(options.device, options.quick, options.benchmarks, save)
@@ -132,6 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(not good)
 
 
+def _stop(*_) -> None:
+    STOP.set()  # ends the processes it started, too
+    sys.exit(143)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes it started, too
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

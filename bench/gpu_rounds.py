@@ -73,11 +73,26 @@ def captured(calls: list[Call]) -> tuple[torch.cuda.CUDAGraph, Any]:
             call()  # each once beforehand: nothing may be compiled in a capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        first = calls[0]()
-        for call in calls[1:]:
-            call()
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            first = calls[0]()
+            for call in calls[1:]:
+                call()
+    finally:
+        torch.cuda.set_stream(before)  # torch leaves the stream of a capture that fails
     return graph, first
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Returns what the GPU takes for `run`, between two events; another run goes ahead of it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
 
 
 class Rounds:
@@ -91,7 +106,7 @@ class Rounds:
         inputs = copies(call, L2_TIMES * properties.L2_cache_size)
         self.copies = len(inputs)
         self._run = functools.partial(_one_by_one, inputs)
-        estimate = self._measured() / len(inputs)
+        estimate = seconds_of(self._run) / len(inputs)
         graph = graph and estimate < GRAPH_BELOW and not synchronises(call)
         self.timing = "graph" if graph else "events"
         self.calls = min(max(len(inputs), math.ceil(ROUND / estimate)), MAX_CALLS)
@@ -104,20 +119,11 @@ class Rounds:
             self._run = replayed.replay
         else:
             self._run = functools.partial(_one_by_one, chosen)
-        self.estimate = self._measured() / self.calls  # seconds of one call
+        self.estimate = seconds_of(self._run) / self.calls  # seconds of one call
 
     def seconds(self) -> float:
         """Returns the seconds of one call, from one more round."""
-        return self._measured() / self.calls
-
-    def _measured(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._run()
-        start.record()
-        self._run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return seconds_of(self._run) / self.calls
 
 
 def _one_by_one(calls: list[Call]) -> None:

@@ -1,7 +1,8 @@
 """One set-up for every benchmark: check, then time ours and its peers in turns.
 
 Traps avoided here:
-- A wrong answer is fast: each variant's answer is checked first, and a failure ends the benchmark.
+- A wrong answer is fast: each variant's answer is checked first. Where ours is wrong nothing is
+  timed; a peer that is wrong or fails is left out, and the row says why.
 - A machine's speed drifts: variants take turns, ours, peer, peer, ours, ..., in one process, and
   ratios are those of medians. A slow variant sits some turns out.
 - Fresh memory is slow: glibc hands large blocks back to the system when they are freed, and the
@@ -15,7 +16,6 @@ Traps avoided here:
   the clock there.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -27,11 +27,11 @@ import pytest
 import torch
 
 import sma_fast
-from bench import gpu_rounds, memory, roofline
+from bench import memory, roofline
 from bench.shapes import FULL_BATCH, SHAPES, Shape, scaled_down
+from bench.variants import Rest, Variant, tidy_memory
 
 BUDGET = 4.0  # seconds of timing for one benchmark, shared by its variants
-ROUNDS = 100  # at most
 FIXED_COST_CALLS = 500  # in a round, where only a call's fixed cost is left
 GPU_BUDGET = 1.0  # in place of BUDGET
 LOOPS = 1024  # samples, at most, that the published formula's Python loops are timed on there
@@ -135,79 +135,63 @@ def our_backends(op: str, device: str) -> list[str]:
     return [answers, *(backend for backend in ready if backend not in left_out)]
 
 
-@dataclasses.dataclass
-class _Variant:
-    name: str
-    call: Callable[[], Any]
-    ours: bool
-    forced: str | None = None  # the backend to force while it runs
-    estimate: float = 0.0  # seconds a call
-    rounds: int = 1
-    calls: int = 1
-    on_gpu: gpu_rounds.Rounds | None = None  # instead of the clock
-    seconds: list[float] = dataclasses.field(default_factory=list)
-
-    def force(self) -> contextlib.AbstractContextManager:
-        return sma_fast.use_backend(self.forced) if self.forced else contextlib.nullcontext()
-
-    def round(self, device: str) -> float:
-        """Returns the seconds of one call, from a round of them."""
-        _tidy_memory()
-        if self.on_gpu:
-            return self.on_gpu.seconds()
-        with self.force():
-            start = roofline.clock(device)
-            for _ in range(self.calls):
-                self.call()
-            return (roofline.clock(device) - start) / self.calls
-
-
 def measure(benchmark: Any, settings: Settings, case: Case) -> None:
-    """Checks all variants of `case`, times them in turns and files the result with `benchmark`."""
+    """Checks all variants of `case`, times them in turns and files the result with `benchmark`.
+
+    Raises:
+        AssertionError: where ours is wrong; another backend of ours only after the rest is filed.
+    """
     kernel = f"{case.op}_backward" if case.part == "backward" else case.op
     backend, *others = our_backends(kernel, settings.device)
     skipped = {name: why for name, why in case.peers.items() if isinstance(why, str)}
     if settings.device == "cuda" and case.shape.batch > LOOPS and "published" in case.peers:
         skipped["published"] = f"Python loops over {case.shape.batch} samples"
-    ours = _Variant("ours", case.ours, ours=True)
-    rest = [_Variant(f"ours ({name})", case.ours, ours=True, forced=name) for name in others]
-    rest += [
-        _Variant(name, call, ours=False) for name, call in case.peers.items() if name not in skipped
+
+    def variant(name: str, call: Callable, ours: bool, forced: str | None = None) -> Variant:
+        def check(answer: Any) -> None:
+            case.check(answer, ours)
+
+        return Variant(name, call, check, settings.device, ours, forced)
+
+    ours = variant("ours", case.ours, True)
+    every = [variant(f"ours ({name})", case.ours, True, name) for name in others]
+    every += [
+        variant(name, call, False) for name, call in case.peers.items() if name not in skipped
     ]
-    _check(ours, case, settings)
-    for variant in rest[:]:
-        try:
-            _check(variant, case, settings)
-        except AssertionError:  # a wrong answer is an error, one that cannot be had is not
-            raise
-        except Exception as error:
-            rest.remove(variant)
-            memory_ran_out = isinstance(error, torch.OutOfMemoryError)
-            skipped[variant.name] = "out of memory" if memory_ran_out else _first_line(error)
-            if settings.device == "cuda":
-                torch.cuda.empty_cache()
+    rest = Rest(every, skipped)
+    try:
+        ours.answer()
+    except AssertionError as error:
+        where = f"{case.op} on {case.shape.name}"
+        raise AssertionError(f"{where}: ours is wrong, nothing is timed: {error}") from error
+    rest.each(Variant.answer)
     if benchmark.disabled:
         benchmark.pedantic(case.ours)
+        _assert_none(rest.failed)
         return
 
     extra_bytes = memory.peak_of(case.ours, "cuda") if settings.device == "cuda" else None
     budget = GPU_BUDGET if settings.device == "cuda" else BUDGET
-    for variant in (ours, *rest):
-        _plan(variant, case, settings, budget / (1 + len(rest)))
+    given = (budget / (1 + len(rest.variants)), case.calls, case.part != "backward", settings.quick)
+    ours.plan(*given)
+    rest.each(lambda variant: variant.plan(*given))
     turns = itertools.count()
 
     def turn_of_the_rest() -> None:
         now = next(turns)
-        for variant in rest:
+
+        def turn(variant: Variant) -> None:
             every = max(1, ours.rounds // variant.rounds)
             if now < ours.rounds and now % every == 0:
-                variant.seconds.append(variant.round(settings.device))
-        _tidy_memory()
+                variant.seconds.append(variant.round())
+
+        rest.each(turn)
+        tidy_memory()
 
     # pedantic times ours; its teardown, outside the time taken, gives the others their turn
     if ours.on_gpu:  # pedantic only counts the rounds
         benchmark.pedantic(
-            lambda: ours.seconds.append(ours.round("cuda")),
+            lambda: ours.seconds.append(ours.round()),
             rounds=ours.rounds,
             teardown=turn_of_the_rest,
         )
@@ -216,57 +200,21 @@ def measure(benchmark: Any, settings: Settings, case: Case) -> None:
             case.ours, rounds=ours.rounds, iterations=ours.calls, teardown=turn_of_the_rest
         )
         ours.seconds = list(benchmark.stats.stats.data)
-    result = _result(case, settings, backend, ours, rest, skipped)
+    result = _result(case, settings, backend, ours, rest.variants, skipped)
     benchmark.extra_info.update(result, extra_bytes=extra_bytes)
+    _assert_none(rest.failed)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _tidy_memory() -> None:
-    torch.empty(1 << 16, dtype=torch.uint8)
-
-
-def _check(variant: _Variant, case: Case, settings: Settings) -> None:
-    with variant.force():
-        start = roofline.clock(settings.device)
-        answer = variant.call()
-        variant.estimate = roofline.clock(settings.device) - start
-    try:
-        case.check(answer, variant.ours)
-    except AssertionError as error:
-        raise AssertionError(
-            f"{case.op} on {case.shape.name}: {variant.name} is wrong, nothing is timed: {error}"
-        ) from error
-
-
-def _plan(variant: _Variant, case: Case, settings: Settings, budget: float) -> None:
-    # the first call warmed up or compiled; only a slow one that did not compile is not repeated
-    if settings.device == "cuda" and case.calls == 1:
-        with variant.force():
-            variant.on_gpu = gpu_rounds.Rounds(
-                variant.call,
-                lambda answer: case.check(answer, variant.ours),
-                graph=case.part != "backward",
-            )
-        variant.estimate, variant.calls = variant.on_gpu.estimate, variant.on_gpu.calls
-        rounds = int(budget / (2 * variant.estimate * variant.calls))  # each comes twice
-        variant.rounds = 2 if settings.quick else min(max(rounds, 2), ROUNDS)
-        return
-    if variant.estimate < 1.0 or variant.name == "compiled":
-        variant.estimate = variant.round(settings.device)
-    variant.calls = case.calls
-    rounds = 2 if settings.quick else int(budget / (variant.estimate * variant.calls))
-    variant.rounds = min(max(rounds, 2), ROUNDS)
+def _assert_none(failed: list[str]) -> None:
+    assert not failed, "; ".join(failed)
 
 
 def _result(
     case: Case,
     settings: Settings,
     backend: str,
-    ours: _Variant,
-    rest: list[_Variant],
+    ours: Variant,
+    rest: list[Variant],
     skipped: dict[str, str],
 ) -> dict[str, Any]:
     # what goes into the JSON: one row of the report
@@ -283,7 +231,7 @@ def _result(
         "backend": backend,
         "ours_s": median,
         "ours_min_s": min(ours.seconds),
-        "timing": _timing(ours),
+        "timing": ours.timing,
         "rounds": len(ours.seconds),
         "bytes": sum(stage.bytes for stage in case.stages),
         "operations": sum(stage.operations for stage in case.stages),
@@ -295,7 +243,7 @@ def _result(
             variant.name: {
                 "median_s": statistics.median(variant.seconds),
                 "min_s": min(variant.seconds),
-                "timing": _timing(variant),
+                "timing": variant.timing,
                 "rounds": len(variant.seconds),
                 "ratio": statistics.median(variant.seconds) / median,
             }
@@ -303,10 +251,6 @@ def _result(
         },
         "skipped": skipped,
     }
-
-
-def _timing(variant: _Variant) -> str:
-    return variant.on_gpu.timing if variant.on_gpu else "clock"
 
 
 def measure_memory(benchmark: Any, settings: Settings, op: str, name: str) -> None:

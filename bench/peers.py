@@ -223,7 +223,7 @@ def flash_colreduce(query: Tensor, key: Tensor) -> Callable[[], Tensor] | str:
     try:
         from flash_colreduce import flash_colreduce
     except ImportError:
-        return "flash-colreduce is not installed"
+        return "not measured: pip install flash-colreduce"
     if not query.is_cuda:
         return "runs on CUDA only"
     return functools.partial(flash_colreduce, query, key, "sum")

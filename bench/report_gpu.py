@@ -72,10 +72,10 @@ def ran(result: dict) -> list[str]:
     if "tests" in result:
         stage = result["tests"]
         counts = (f"{stage.get(n, 0)} {n}" for n in ("passed", "failed", "error", "skipped"))
-        late = [name for name, file in stage["files"].items() if file["status"] == "timed out"]
-        lines = [f"tests: {', '.join(counts)}" + (f", out of time: {' '.join(late)}" * bool(late))]
+        left = stage.get("left")
+        lines = [f"tests: {', '.join(counts)}, {'?' if left is None else left} not run"]
     runs = result.get("benchmarks", {})
-    bad = [f"{name}: {run['status']}" for name, run in runs.items() if _bad(run)]
+    bad = [f"{name}: {_said(run)}" for name, run in runs.items() if not run["complete"]]
     lines.append(f"benchmarks: {len(result['rows'])} rows" + f" ({'; '.join(bad)})" * bool(bad))
     for tool, stage in result.get("sanitizer", {}).items():
         said = "; ".join(stage.get("said", ()))
@@ -84,18 +84,16 @@ def ran(result: dict) -> list[str]:
     return lines if "sanitizer" in result else [*lines, "compute-sanitizer: not run"]
 
 
-def _bad(part: dict) -> bool:
-    return part["status"] not in ("passed", "nothing to run")
+def _said(run: dict) -> str:
+    failed = len(run["failures"])
+    return f"{failed} failed" if failed else run.get("status", "cut short")
 
 
 def _failures(result: dict) -> list[str]:
-    parts = {**result.get("tests", {}).get("files", {}), **result.get("benchmarks", {})}
-    return [
-        f"{name}: {line}"
-        for name, part in parts.items()
-        for line in part.get("tail", ())
-        if line.startswith(("FAILED", "ERROR"))
-    ]
+    runs = result.get("benchmarks", {})
+    found = [("", test, why) for test, why in result.get("tests", {}).get("failures", {}).items()]
+    found += [(f"{run}: ", *each) for run in runs for each in runs[run]["failures"].items()]
+    return [f"{run}{test}: {why[-1] if why else 'failed'}" for run, test, why in found]
 
 
 def extra_memory(result: dict) -> str:

@@ -123,6 +123,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreted: runs in Triton's interpreter, given by itself")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU")
     config.addinivalue_line("markers", "not_interpreted: Triton's interpreter would take minutes")
+    config.addinivalue_line("markers", "on_gpu: runs on the GPU, where there is one")
+    config.addinivalue_line("markers", "large: takes much of a GPU's memory, one at a time")
     # it visits all of torch's loggers for each test, and prints every step of torch.compile
     config.pluginmanager.set_blocked("logging-plugin")
     required = set(filter(None, os.environ.get("SMA_FAST_REQUIRE", "").split(",")))
@@ -172,12 +174,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what runs slowly, and leaves out what would run too slowly."""
+    """Marks what runs slowly or on a GPU, and leaves out what would run too slowly."""
     for item in items:
         chosen = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if not isinstance(chosen, Implementation) or chosen.device != "cpu":
+        if not isinstance(chosen, Implementation):
             continue
-        if chosen.backend == "triton":
+        if chosen.device == "cuda":
+            item.add_marker("on_gpu")
+        elif chosen.backend == "triton":
             item.add_marker("interpreted")
         elif chosen.emulated:
             item.add_marker("emulated")

@@ -40,7 +40,7 @@ from sma_fast.testing import (
     to_device,
 )
 
-pytestmark = pytest.mark.emulated
+pytestmark = [pytest.mark.emulated, pytest.mark.on_gpu]
 
 HERE = Gpu() if torch.cuda.is_available() else StandIn()
 DRY = isinstance(HERE, StandIn)
@@ -502,6 +502,7 @@ FAR_OPS = (
 )
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("width", [8, 7])  # rows that are copied by 16 bytes, and by 2
 @pytest.mark.parametrize("run", runs(FAR_OPS))
 def test_more_elements_than_32_bits_count(forced: Run, width: int):
@@ -542,6 +543,7 @@ FAR_APART = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("run", runs(FAR_APART))
 def test_samples_far_apart(forced: Run):
     builder, options = SMALL[forced.op]

@@ -26,7 +26,11 @@ from sma_fast.testing import (
 
 MISSING = why_missing("triton", "attention_scores")
 DEVICE = device_of("triton")
-pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.on_gpu,
+    pytest.mark.skipif(bool(MISSING), reason=str(MISSING)),
+]
 
 SMALL = {  # what makes rows of a few dozen tokens long ones, of several blocks and parts
     "attention_scores": {"up_to": 16},
