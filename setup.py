@@ -169,7 +169,7 @@ def escape(path):
 
 
 setup(
-    license="MIT",  # here, since setuptools before and after 77 want it differently in pyproject.toml
+    license="MIT",  # setuptools before and after 77 want it differently in pyproject.toml
     ext_modules=[Extension("sma_fast._C", sources=["csrc/module.cpp"], language="c++")],
     cmdclass={"build_ext": NinjaBuild},
 )
