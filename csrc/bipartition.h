@@ -29,7 +29,6 @@ class Cut : CutMatrix<T> {
     double values[kVectors] = {};
     bool converged = false;
     if (size > 0) {
-      if (plan.stored && extreme) this->fill_matrix();
       this->find_degrees();
       for (int j = 0; j < kVectors; ++j) start(j, 0);
       for (int j = 0; j < size; ++j) gram_schmidt(vectors, j, 0);
@@ -51,7 +50,7 @@ class Cut : CutMatrix<T> {
  private:
   using Base = CutMatrix<T>;
   using Base::a, Base::plan, Base::b, Base::n, Base::tokens, Base::root, Base::trivial;
-  using Base::filled, Base::extreme, Base::vectors, Base::products, Base::before;
+  using Base::filled, Base::vectors, Base::products, Base::before;
 
   void start(int j, int64_t round) {
     float* v = vectors + j * plan.padded;
@@ -150,7 +149,30 @@ class Cut : CutMatrix<T> {
     }
     // the second may be as much larger as it is wrong
     const double second = size > 1 ? values[1] + __builtin_sqrt(errors[1]) : 0;
-    return values[0] > kNothing && __builtin_sqrt(errors[0]) <= a.tol * (values[0] - second);
+    const double gap = values[0] - second, error = __builtin_sqrt(errors[0]);
+    return values[0] > kNothing && error <= a.tol * gap && labels_follow(error / gap);
+  }
+
+  // Whether labels are those of the exact vector, at this angle to it: but for one in a thousand no
+  // entry is so near to where labels begin, nor is a large one that the sign may hang on another.
+  bool labels_follow(double angle) const {
+    double most = 0, squares = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double x = static_cast<double>(vectors[i]) * root[i];
+      most = larger(most, x < 0 ? -x : x);
+      squares += x * x;
+    }
+    const double error = kWorstEntry * angle * __builtin_sqrt(squares / static_cast<double>(n));
+    int64_t near = 0;
+    int sign[2] = {};  // of the first large entry, if those within the error are large or are not
+    for (int64_t i = 0; i < n; ++i) {
+      const double x = static_cast<double>(vectors[i]) * root[i], size = x < 0 ? -x : x;
+      const double from_zero = size - kZero * most, from_large = size - (1 - kSignTie) * most;
+      near += (from_zero < 0 ? -from_zero : from_zero) < error;
+      if (sign[0] == 0 && from_large >= -error) sign[0] = x < 0 ? -1 : 1;
+      if (sign[1] == 0 && from_large >= error) sign[1] = x < 0 ? -1 : 1;
+    }
+    return near <= 1 + n / 1000 && sign[0] == sign[1];
   }
 
   void write(bool converged, double value) {

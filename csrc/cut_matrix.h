@@ -165,8 +165,9 @@ class CutMatrix {
   // products = cosines of all rows, times vectors.
   void apply_cosine(int size) {
     if (filled) multiply_matrix(size);
-    else if (size == 1) multiply_rows<1>();
-    else multiply_rows<kVectors>();
+    else if (extreme) multiply_rows<kVectors, true>();
+    else if (size == 1) multiply_rows<1, false>();
+    else multiply_rows<kVectors, false>();
   }
 
   void multiply_matrix(int size) {
@@ -182,36 +183,51 @@ class CutMatrix {
     }
   }
 
-  // x (x^T v), of kCount vectors; those behind the last one count for nothing.
-  template <int kCount>
+  // x (x^T v), of kCount vectors; those behind the last one count for nothing. kExtreme: rows are
+  // brought to length 1 as they are read, else what is made of them is.
+  template <int kCount, bool kExtreme>
   void multiply_rows() {
     for (int64_t d = 0; d < kCount * a.width; ++d) along[d] = 0.0f;
-    for (int64_t i = 0; i < n; i += kRowsAtOnce) add_rows_along<kCount>(i);
-    for (int64_t i = 0; i < n; i += kRowsAtOnce) multiply_along<kCount>(i);
+    for (int64_t i = 0; i < n; i += kRowsAtOnce) add_rows_along<kCount, kExtreme>(i);
+    for (int64_t i = 0; i < n; i += kRowsAtOnce) multiply_along<kCount, kExtreme>(i);
   }
 
   // Rows from i on; those behind the last repeat it.
+  template <bool kExtreme>
   struct Rows {
     const T* of[kRowsAtOnce];
+    float scale[kRowsAtOnce];
+
+    Vf features(int k, int64_t d) const {
+      const Vf x = load_floats(of[k] + d);
+      return kExtreme ? x * scale[k] : x;
+    }
+    float feature(int k, int64_t d) const { return to_float(of[k][d]) * (kExtreme ? scale[k] : 1); }
+    float factor(int k) const { return kExtreme ? 1 : scale[k]; }
   };
-  Rows rows_from(int64_t i) const {
-    Rows some;
-    for (int k = 0; k < kRowsAtOnce; ++k) some.of[k] = row(smaller(i + k, n - 1));
+  template <bool kExtreme>
+  Rows<kExtreme> rows_from(int64_t i) const {
+    Rows<kExtreme> some;
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      const int64_t at = smaller(i + k, n - 1);
+      some.of[k] = row(at);
+      some.scale[k] = scale[at];
+    }
     return some;
   }
 
-  template <int kCount>
+  template <int kCount, bool kExtreme>
   void add_rows_along(int64_t i) {
-    const Rows x = rows_from(i);
+    const auto x = rows_from<kExtreme>(i);
     float factor[kRowsAtOnce][kCount];
     for (int k = 0; k < kRowsAtOnce; ++k)
       for (int j = 0; j < kCount; ++j)
-        factor[k][j] = i + k < n ? vectors[j * plan.padded + i + k] * scale[i + k] : 0.0f;
+        factor[k][j] = i + k < n ? vectors[j * plan.padded + i + k] * x.factor(k) : 0.0f;
     int64_t d = 0;
     for (; d + kLanes <= a.width; d += kLanes) {
       Vf v[kRowsAtOnce];
 #pragma GCC unroll 4
-      for (int k = 0; k < kRowsAtOnce; ++k) v[k] = load_floats(x.of[k] + d);
+      for (int k = 0; k < kRowsAtOnce; ++k) v[k] = x.features(k, d);
 #pragma GCC unroll 4
       for (int j = 0; j < kCount; ++j) {
         float* const at = along + j * a.width + d;
@@ -224,19 +240,19 @@ class CutMatrix {
     for (; d < a.width; ++d)
       for (int j = 0; j < kCount; ++j)
         for (int k = 0; k < kRowsAtOnce; ++k)
-          along[j * a.width + d] += factor[k][j] * to_float(x.of[k][d]);
+          along[j * a.width + d] += factor[k][j] * x.feature(k, d);
   }
 
-  template <int kCount>
+  template <int kCount, bool kExtreme>
   void multiply_along(int64_t i) {
-    const Rows x = rows_from(i);
+    const auto x = rows_from<kExtreme>(i);
     Vf sum[kRowsAtOnce][kCount] = {};
     float rest[kRowsAtOnce][kCount] = {};
     int64_t d = 0;
     for (; d + kLanes <= a.width; d += kLanes) {
       Vf v[kRowsAtOnce];
 #pragma GCC unroll 4
-      for (int k = 0; k < kRowsAtOnce; ++k) v[k] = load_floats(x.of[k] + d);
+      for (int k = 0; k < kRowsAtOnce; ++k) v[k] = x.features(k, d);
 #pragma GCC unroll 4
       for (int j = 0; j < kCount; ++j) {
         const Vf w = load<Vf>(along + j * a.width + d);
@@ -246,11 +262,10 @@ class CutMatrix {
     }
     for (; d < a.width; ++d)
       for (int k = 0; k < kRowsAtOnce; ++k)
-        for (int j = 0; j < kCount; ++j)
-          rest[k][j] += along[j * a.width + d] * to_float(x.of[k][d]);
+        for (int j = 0; j < kCount; ++j) rest[k][j] += along[j * a.width + d] * x.feature(k, d);
     for (int k = 0; k < kRowsAtOnce && i + k < n; ++k)
       for (int j = 0; j < kCount; ++j)
-        products[j * plan.padded + i + k] = (reduce_add(sum[k][j]) + rest[k][j]) * scale[i + k];
+        products[j * plan.padded + i + k] = (reduce_add(sum[k][j]) + rest[k][j]) * x.factor(k);
   }
 
   static float* take(float** from, int64_t count) {

@@ -12,6 +12,7 @@ constexpr double kShortest = 1.17549435e-38;  // a row shorter than a normal flo
 constexpr float kNothing = 1e-6f;             // eigenvalues up to here count as 0
 constexpr float kSignTie = 1e-3f;  // entries within this share of the largest count as large,
 constexpr float kZero = 1e-4f;     // and up to this share of it as 0, but for rounding
+constexpr double kWorstEntry = 8;  // times the mean error of an entry, that one may be wrong
 
 // Deterministic noise in [-1, 1), that entry `i` of vector `j` begins with.
 SMA_HOST_DEVICE static inline float cut_noise(uint32_t i, uint32_t j, uint32_t round) {

@@ -16,6 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS = 2048  # in a block, at most: more do not fit in registers
 _BYTES = 64  # of a chunk, in a thread's registers
 _NOTHING = tl.constexpr(1e-6)  # eigenvalues up to here count as 0
+_SIGN_TIE = tl.constexpr(1e-3)  # entries within this share of the largest count as large,
+_ZERO = tl.constexpr(1e-4)  # and up to this share of it as 0, but for rounding
 _SHORTEST = tl.constexpr(1.17549435e-38)  # a row shorter than a normal number counts as 0
 
 
@@ -82,6 +84,25 @@ def orthonormal(v, trivial, other, valid, seed):
         v = v - other * tl.sum(v * other)
     squares = tl.sum(v * v)
     return v * tl.where(squares > 0.0, 1.0 / tl.sqrt(tl.where(squares > 0.0, squares, 1.0)), 0.0)
+
+
+@triton.jit
+def labels_follow(x, valid, n, angle):
+    """Returns whether labels are those of the exact vector, at this angle to x of n numbers.
+
+    Then, but for one in a thousand, no entry is so near to where labels begin, nor is a large one
+    that the sign may hang on another.
+    """
+    size = tl.abs(x)
+    most = tl.max(size)
+    error = 8.0 * angle * tl.sqrt(tl.sum(x * x) / n)
+    near = tl.sum(tl.where(valid & (tl.abs(size - _ZERO * most) < error), 1.0, 0.0))
+    from_large = size - (1.0 - _SIGN_TIE) * most
+    place = tl.arange(0, x.shape[0])
+    first = tl.min(tl.where(from_large >= -error, place, x.shape[0]))
+    second = tl.min(tl.where(from_large >= error, place, x.shape[0]))
+    sign = tl.sum(tl.where(place == first, x, 0.0)) * tl.sum(tl.where(place == second, x, 0.0))
+    return (near <= 1.0 + n / 1000.0) & (sign > 0.0)
 
 
 @triton.jit
@@ -175,20 +196,23 @@ def bipartition_kernel(
         rest1 = y1 - second.to(tl.float32) * v1
         # the second may be as much larger as it is wrong
         second += tl.sqrt(tl.sum(rest1 * rest1))
-        near = (value > _NOTHING) & (tl.sqrt(tl.sum(rest0 * rest0)) <= tol * (value - second))
+        gap = tl.where(value > second, value - second, 1.0).to(tl.float32)
+        angle = tl.sqrt(tl.sum(rest0 * rest0)) / gap
+        near = (value > _NOTHING) & (value > second) & (angle <= tol)
+        near &= labels_follow(first * root, valid, n, angle)
         turn += 1
 
     found = value > _NOTHING
     first = tl.where(found, first * root, 0.0)
     size = tl.abs(first)
-    large = valid & (size >= (1.0 - 1e-3) * tl.max(size))
+    large = valid & (size >= (1.0 - _SIGN_TIE) * tl.max(size))
     at = tl.min(tl.where(large, token, BLOCK))
     squares = tl.sum(first * first)
     scale = tl.where(squares > 0.0, 1.0 / tl.sqrt(tl.where(squares > 0.0, squares, 1.0)), 0.0)
     scale = tl.where(tl.sum(tl.where(token == at, first, 0.0)) < 0.0, -scale, scale)
     first = first * scale + 0.0
     # numbers, as Triton brings bools to another layout by way of local memory
-    chosen = tl.where(first > 1e-4 * tl.max(tl.abs(first)), 1, 0)
+    chosen = tl.where(first > _ZERO * tl.max(tl.abs(first)), 1, 0)
     sample_ids = ids + sample * tokens
     tl.store(vector + sample * tokens + token, first, mask=inside)
     tl.store(labels + sample * tokens + token, chosen.to(tl.uint8), mask=inside)

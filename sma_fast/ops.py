@@ -611,13 +611,15 @@ def bipartition(
             there is no padding. The reference, which float64 goes to, solves the whole problem: it
             needs no `iterations`, and `converged` says that the next eigenvalue is another one. N
             is at most 2048 on backend triton, and on cuda what shared memory holds (more than
-            3000). On a GPU a sample that is not finite is not cut; SMA_FAST_CHECK=1 raises.
+            3000). On a GPU a sample that is not finite is not cut, nor, on cuda, one with rows
+            longer than 1e36; SMA_FAST_CHECK=1 raises for the former.
         key_padding_mask: (B, N) bool, True = padding.
         method: "ncut" or "pca".
         iterations: products with the matrix, at most; at least 1. Embeddings of pictures take 4 to
             32 of them, random ones, whose eigenvalues lie close together, many more.
         tol: the largest angle to the exact vector, in radians, for which `converged` is True; above
-            0. It is bounded by the residual over the gap to the next eigenvalue.
+            0. It is bounded by the residual over the gap to the next eigenvalue. Where an angle as
+            small could still change labels, or the sign, iterations go on.
         similarity: "cosine".
 
     Returns:

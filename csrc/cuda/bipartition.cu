@@ -73,20 +73,12 @@ class Cut : CutMatrix<T, kStay> {
       most = fmaxf(most, fabsf(x));
       squares[0] += x * x;
     }
-    // sizes are in the order of their bits
-    most = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(most)));
-    __syncthreads();
-    if (lane() == 0) of.counts[warp()] = __float_as_uint(most);
     this->add_up(squares);
-    for (unsigned w = 0; w < kWarps; ++w) most = fmaxf(most, __uint_as_float(of.counts[w]));
+    most = this->largest(most);
     unsigned first = n;  // of the large entries
     for (unsigned i = threadIdx.x; i < n && first == n; i += kThreads)
       if (fabsf(vectors[i].x) >= (1 - kSignTie) * most) first = i;
-    first = __reduce_min_sync(kAllLanes, first);
-    __syncthreads();
-    if (lane() == 0) of.counts[warp()] = first;
-    __syncthreads();
-    for (unsigned w = 0; w < kWarps; ++w) first = min(first, of.counts[w]);
+    first = this->least(first);
     float scale = squares[0] > 0 ? 1 / sqrtf(squares[0]) : 0.0f;
     most *= scale;
     if (first < n && vectors[first].x < 0) scale = -scale;

@@ -61,6 +61,19 @@ class BlockSums {
     return before;
   }
 
+  // The least of the block's numbers, and the largest, of those that are at least 0.
+  __device__ unsigned least(unsigned x) {
+    x = __reduce_min_sync(kAllLanes, x);
+    __syncthreads();
+    if (lane() == 0) of.counts[warp()] = x;
+    __syncthreads();
+    for (unsigned w = 0; w < kWarps; ++w) x = min(x, of.counts[w]);
+    return x;
+  }
+  __device__ float largest(float x) {  // they are in the order of their bits
+    return __uint_as_float(~least(~__float_as_uint(x)));
+  }
+
   // Sums of the block, the same bits in all threads.
   template <int kCount, class Sum>
   __device__ void add_up(Sum (&x)[kCount]) {

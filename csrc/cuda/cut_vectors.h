@@ -193,7 +193,34 @@ class CutVectors : protected BlockSums {
     add_up(errors);
     // the second may be as much larger as it is wrong
     const double second = size > 1 ? s.values[1] + sqrt(errors[1]) : 0;
-    return s.values[0] > kNothing && sqrt(errors[0]) <= tol * (s.values[0] - second);
+    const double gap = s.values[0] - second, error = sqrt(errors[0]);
+    return s.values[0] > kNothing && error <= tol * gap && labels_follow(error / gap);
+  }
+
+  // Whether labels are those of the exact vector, at this angle to it: see csrc/bipartition.h.
+  __device__ bool labels_follow(double angle) {
+    float most = 0, squares[1] = {};
+    for (unsigned i = threadIdx.x; i < n; i += kThreads) {
+      const float x = vectors[i].x * root[i];
+      most = fmaxf(most, fabsf(x));
+      squares[0] += x * x;
+    }
+    add_up(squares);
+    most = largest(most);
+    const auto error =
+        static_cast<float>(kWorstEntry * angle) * sqrtf(squares[0] / static_cast<float>(n));
+    float near[1] = {};
+    unsigned first[2] = {n, n};  // large entry, if those within the error are large or are not
+    for (unsigned i = threadIdx.x; i < n; i += kThreads) {
+      const float size = fabsf(vectors[i].x * root[i]), from_large = size - (1 - kSignTie) * most;
+      near[0] += fabsf(size - kZero * most) < error ? 1.0f : 0.0f;
+      if (from_large >= -error) first[0] = min(first[0], i);
+      if (from_large >= error) first[1] = min(first[1], i);
+    }
+    add_up(near);
+    for (unsigned& place : first) place = least(place);
+    const bool same = first[1] < n && (vectors[first[0]].x < 0) == (vectors[first[1]].x < 0);
+    return __syncthreads_and(same && near[0] <= static_cast<float>(1 + n / 1000));
   }
 };
 
