@@ -31,10 +31,10 @@ class Cut : CutMatrix<T, kStay> {
       for (unsigned i = threadIdx.x; i < n; i += kThreads) vectors[i] = float4{0, 0, 0, 0};
       for (int j = 0; j < size; ++j) this->start(j, 0);
       for (int j = 0; j < size; ++j) this->gram_schmidt(j, 0);
-      for (int64_t i = 0; i < a.iterations && !converged; ++i) {
+      for (unsigned i = 0; i < a.iterations && !converged; ++i) {
         if (i > 0 && !this->orthogonal_products(size)) {
           for (unsigned k = threadIdx.x; k < n; k += kThreads) vectors[k] = products[k];
-          for (int j = 0; j < size; ++j) this->gram_schmidt(j, static_cast<unsigned>(i));
+          for (int j = 0; j < size; ++j) this->gram_schmidt(j, i);
         }
         this->multiply();
         converged = this->rayleigh_ritz(size, a.tol);

@@ -67,7 +67,7 @@ class BlockSums {
     __syncthreads();
     if (lane() == 0) of.counts[warp()] = x;
     __syncthreads();
-    for (unsigned w = 0; w < kWarps; ++w) x = min(x, of.counts[w]);
+    x = __reduce_min_sync(kAllLanes, of.counts[lane() % kWarps]);
     return x;
   }
   __device__ float largest(float x) {  // they are in the order of their bits

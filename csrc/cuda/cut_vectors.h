@@ -194,12 +194,14 @@ class CutVectors : protected BlockSums {
     // the second may be as much larger as it is wrong
     const double second = size > 1 ? s.values[1] + sqrt(errors[1]) : 0;
     const double gap = s.values[0] - second, error = sqrt(errors[0]);
-    return s.values[0] > kNothing && error <= tol * gap && labels_follow(error / gap);
+    if (!(s.values[0] > kNothing && error <= tol * gap)) return false;
+    return labels_follow(static_cast<float>(error / gap));
   }
 
   // Whether labels are those of the exact vector, at this angle to it: see csrc/bipartition.h.
-  __device__ bool labels_follow(double angle) {
+  __device__ bool labels_follow(float angle) {
     float most = 0, squares[1] = {};
+#pragma unroll 1
     for (unsigned i = threadIdx.x; i < n; i += kThreads) {
       const float x = vectors[i].x * root[i];
       most = fmaxf(most, fabsf(x));
@@ -207,10 +209,11 @@ class CutVectors : protected BlockSums {
     }
     add_up(squares);
     most = largest(most);
-    const auto error =
-        static_cast<float>(kWorstEntry * angle) * sqrtf(squares[0] / static_cast<float>(n));
+    const float error =
+        static_cast<float>(kWorstEntry) * angle * sqrtf(squares[0] / static_cast<float>(n));
     float near[1] = {};
     unsigned first[2] = {n, n};  // large entry, if those within the error are large or are not
+#pragma unroll 1
     for (unsigned i = threadIdx.x; i < n; i += kThreads) {
       const float size = fabsf(vectors[i].x * root[i]), from_large = size - (1 - kSignTie) * most;
       near[0] += fabsf(size - kZero * most) < error ? 1.0f : 0.0f;
