@@ -250,6 +250,13 @@ def _draw(options: argparse.Namespace, summary: dict) -> None:
         pixels = pictures.pixels(test[:: max(1, len(test) // 8)][:8])
         model = load_model(folder, MAEForPretraining).eval()
         pictures_plots.masks(options.out / "masks.png", model, pixels)
+        shares = pictures_probe.shares_by_rank(model, pictures.pixels(test[:400]))
+        summary["by_rank"] = shares
+        print(
+            "selfmae: of the masked patches rank alone would mask "
+            f"{sum(shares) / len(shares):.3f}, the mean over training, and {shares[-1]:.3f} at its "
+            f"end; at random {shares[0]:.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def masks(path: Path, model: torch.nn.Module, pixels: Tensor) -> None:
         ("score", grid(scores), "viridis"),
         ("informed mask", hidden * ~grid(informed).astype(bool)[..., None], None),
         (
-            f"half way: hints are\n{policy.hints(half_way):.0%} of what is visible",
-            hidden * ~grid(hinted.mask).astype(bool)[..., None],
+            f"half way: hints are\n{policy.hints(half_way):.0%} of what is visible\n"
+            "(orange: of the object)",
+            _marked(hidden, grid(hinted.mask).astype(bool), grid(informed).astype(bool)),
             None,
         ),
         ("reconstruction", shown(made), None),
@@ -97,3 +98,15 @@ def masks(path: Path, model: torch.nn.Module, pixels: Tensor) -> None:
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=10)
     figure.savefig(path, dpi=130)
+
+
+def _marked(pictures: np.ndarray, masked: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """Returns pictures without masked patches, where visible ones that rank would mask are orange.
+
+    Args:
+        pictures: (B, H, W, 3) in [0, 1].
+        masked, ranked: (B, H, W) bool.
+    """
+    orange = np.array([1.0, 0.55, 0.1])
+    tinted = np.where((ranked & ~masked)[..., None], (pictures + orange) / 2, pictures)
+    return tinted * ~masked[..., None]

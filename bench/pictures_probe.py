@@ -11,6 +11,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+import sma_fast
+from sma_fast.masking.random import count_masked
+from sma_fast.masking.selfmae import SelfMAEMasking
 from sma_fast.models import MAEForPretraining
 from sma_fast.training import checkpoints
 from sma_fast.training.data import Examples, load
@@ -80,6 +83,24 @@ def probes(folder: Path, seed: int, pictures: Pictures) -> list[dict[str, float]
         {"step": step, **accuracies(x, pictures.labels, pictures.is_test)}
         for step, x in zip(models, read, strict=True)
     ]
+
+
+def shares_by_rank(model: MAEForPretraining, pixels: Tensor, points: int = 20) -> list[float]:
+    """Returns what share of the masked patches rank alone would mask, evenly over training.
+
+    With the policy's defaults: it is the mask ratio where masks are random, and 1 without hints.
+
+    Args:
+        model: a trained one.
+        pixels: (B, 3, H, W), standardised.
+        points: of progress, 0 and 1 among them.
+    """
+    policy, generator = SelfMAEMasking(), torch.Generator().manual_seed(0)
+    number = count_masked(model.config.num_patches, model.config.mask_ratio)
+    with torch.no_grad():
+        ranked = sma_fast.select_tokens(policy.scores(model, pixels), num_masked=number).mask
+        masks = (policy(model, pixels, i / (points - 1), generator).mask for i in range(points))
+        return [float((mask & ranked).sum() / ranked.sum()) for mask in masks]
 
 
 def untrained(folder: Path, seed: int) -> MAEForPretraining:

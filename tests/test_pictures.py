@@ -58,7 +58,7 @@ def called(*arguments: object) -> tuple[int, list[str]]:
     """Returns the exit code, and the rows of the table."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = pictures.main([str(argument) for argument in arguments])
-    return code, printed.getvalue().splitlines()
+    return code, [line for line in printed.getvalue().splitlines() if line.startswith("|")]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,17 @@ def test_full_resizes_and_each_seed_has_its_own_untrained_model(
     inputs = json.loads((tmp_path / "selfmae-0" / "data.json").read_text())["inputs"]
     assert inputs["size"] == [64, 64] and inputs["resize"] == "bilinear"
     assert (tmp_path / "masks.png").stat().st_size > 10_000
+
+
+def test_how_many_masks_follow_the_rank() -> None:
+    torch.manual_seed(0)
+    model = MAEForPretraining(MAEConfig.preset("mae-32", **pictures.SCALES["small"].model)).eval()
+    pixels = torch.randn(40, 3, 32, 32)
+    pixels[:, :, 8:20, 8:20] += 4  # something to cut
+    shares = pictures_probe.shares_by_rank(model, pixels, points=5)
+    assert shares[0] == pytest.approx(0.75, abs=0.03)  # 48 of 64 at random
+    assert shares[-1] == pytest.approx(48 / 50, abs=0.02)  # 2 hints among the 50 highest
+    assert shares == sorted(shares) or shares[0] < shares[2] < shares[-1]
 
 
 def test_kept_scores_are_selfmae_s_with_a_table(

@@ -50,7 +50,9 @@ class SelfMAEMasking:
         cluster: whose patches are hidden, of `sma_fast.informed_scores`. The object.
         iterations, tol: of `sma_fast.bipartition`, whose defaults they are.
         initial_hints: the share of the visible patches that are hints, at `start`. All: with
-            hints drawn at random that is a random mask, and the step from those is a small one.
+            hints drawn at random that is a random mask, and the step from those is a small one. So
+            masks are random until about a third of training, and by rank for the most part only in
+            its last fifth; less makes them so earlier.
         final_hints: the same at the end. A tenth (chosen): the paper says that hints help, and not
             how many.
         decay: from one to the other, t from 0 to 1: "quadratic" for 1 - t^2, "linear" for 1 - t,
