@@ -175,7 +175,7 @@ def test_how_many_masks_follow_the_rank() -> None:
     shares = pictures_probe.shares_by_rank(model, pixels, points=5)
     assert shares[0] == pytest.approx(0.75, abs=0.03)  # 48 of 64 at random
     assert shares[-1] == pytest.approx(48 / 50, abs=0.02)  # 2 hints among the 50 highest
-    assert shares == sorted(shares) or shares[0] < shares[2] < shares[-1]
+    assert shares[0] < shares[3] < shares[-1]
 
 
 def test_kept_scores_are_selfmae_s_with_a_table(
