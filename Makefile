@@ -56,8 +56,8 @@ lint: .venv/installed
 
 # On a machine with a GPU: tests, benchmarks, compute-sanitizer; GPU holds more options of bench.gpu.
 # Already there: torch built for CUDA, triton, nvcc, setuptools 64 or newer (before 70.1 with wheel),
-# pybind11, ninja, numpy, pytest, pytest-benchmark, hypothesis and expecttest. flash-colreduce (PyPI)
-# is timed where it is. Builds for the GPUs it finds.
+# pybind11, ninja, numpy, pytest, pytest-benchmark and hypothesis. expecttest is for tests of opcheck,
+# flash-colreduce (PyPI) is timed where it is. Builds for the GPUs it finds.
 gpu:
 	$(PYTHON) -m bench.gpu_install
 	$(PYTHON) -m bench.gpu $(GPU)

@@ -29,12 +29,15 @@ SHORT_OF_TIME = """
 A GPU lent for 15 minutes, in calls of at most 10: what has targets is measured first, tests on the
 GPU run first, and both files are written as they go, so that a call may be ended at any time.
 
-    make gpu GPU="--only benchmarks --limit 480"               installs, then measures
-    python -m bench.gpu --only tests --limit 270               on the same machine
+    make gpu GPU="--only benchmarks --limit 420 --out FOLDER"    installs, then measures
+    python -m bench.gpu --only tests --limit 200 --out FOLDER    on the same machine
 
-On a fresh machine, the second call is make gpu's too; bring along the two files that the first one
-wrote, into bench/results or with --start. Without a network, what is to be compared with needs to
-be there: PYTHONPATH is passed on as it is.
+Another 15 minutes, or a fresh machine, go on from the two files that these wrote (--start JSON, or
+in FOLDER), with make gpu first; compute-sanitizer wants some of its own:
+
+    make gpu GPU="--only sanitizer tests --limit 400 --out FOLDER"
+
+Without a network, what is to be compared with needs to be there: PYTHONPATH is passed on as it is.
 """
 LIMITS = {"tests": 1800, "benchmarks": 3600, "sanitizer": 600}  # seconds
 OUTCOMES = ".outcomes"

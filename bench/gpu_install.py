@@ -24,7 +24,6 @@ MODULES = {  # and their names for pip
     "pytest": "pytest",
     "pytest_benchmark": "pytest-benchmark",
     "hypothesis": "hypothesis",
-    "expecttest": "expecttest",
 }
 SYSTEMS_OWN = """
 This Python belongs to the system, which does not let pip install into it (PEP 668). One that sees
@@ -86,6 +85,8 @@ def main() -> int:
         print("make gpu: no nvcc: set CUDA_HOME or PATH", file=sys.stderr)
     if lacks or nvcc is None:
         return 1
+    if not importlib.util.find_spec("expecttest"):
+        print("make gpu: no expecttest: the tests of torch's opcheck are skipped", file=sys.stderr)
     environment = os.environ | {"SMA_FAST_CUDA": "1"}
     archs = os.environ.get("SMA_FAST_CUDA_ARCHS") or architectures(nvcc)
     if archs:

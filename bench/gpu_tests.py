@@ -33,6 +33,7 @@ def tests(result: dict, asked: Asked, until: float) -> bool:
     environment = {"SMA_FAST_REQUIRE": stage["require"]}
     if parts > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, cores // parts))
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     stage["parts"] = {}
     collected: dict[int, int] = {}  # tests of each part
     done, last = record.done(), list(record.failures)

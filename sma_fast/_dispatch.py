@@ -67,6 +67,7 @@ def _checked(op: str, function: Callable) -> Callable:
         return function(*args)
 
     checked.dtypes = getattr(function, "dtypes", None)
+    checked.suits = getattr(function, "suits", None)
     return checked
 
 
@@ -104,7 +105,7 @@ def _triton(op: str, device_type: str) -> Callable:
 
 @functools.cache
 def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -> Callable:
-    reasons = []
+    reasons, first = [], None
     for backend in (forced,) if forced else _ORDER.get(device_type, ("reference",)):
         try:
             function = implementation(backend, op, device_type)
@@ -113,13 +114,28 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -
             continue
         dtypes = getattr(function, "dtypes", None)
         if dtypes is None or dtype in dtypes:
-            return function
+            if first is not None:
+                return first if backend == "reference" else _by_suit(first, function)
+            if forced or device_type != "cuda" or getattr(function, "suits", None) is None:
+                return function
+            first = function
+            continue
         reasons.append(f"{backend}: {op} does not take {dtype}")
+    if first is not None:
+        return first
     raise RuntimeError(
         f"sma_fast.{op} has no implementation for {device_type} {dtype} here: "
         f"{'; '.join(reasons)}. sma_fast.backends() lists what there is; "
         "leave use_backend() or unset SMA_FAST_BACKEND to let sma_fast choose"
     )
+
+
+def _by_suit(first: Callable, other: Callable) -> Callable:
+    # two that give the same, of which one is slow for some inputs
+    def call(*args):
+        return (first if first.suits(*args) else other)(*args)
+
+    return call
 
 
 def _register(op: str) -> None:

@@ -30,6 +30,7 @@ _ROWS = (*_SCORES, torch.float64)
 
 _LARGE = 1 << 20  # bytes: from here on outputs come from the module, which keeps freed blocks
 _SCRATCH = 1 << 20  # bytes on a GPU, whatever the sizes
+_FEW_IDS = 4096  # of a sample: each block of CUDA's backward passes looks at all of them
 _DLPACK = {  # type code and bits, as DLPack counts them
     torch.float32: (2, 32),
     torch.float64: (2, 64),
@@ -430,12 +431,18 @@ def informed_scores(embeddings, labels, key_padding_mask, cluster) -> Tensor:
     return scores
 
 
+def _packed_and_short(grad, ids, *_) -> bool:
+    # what CUDA's backward passes are fast for: others are copied whole, or looked at too often
+    return grad.is_contiguous() and ids.shape[1] <= _FEW_IDS
+
+
 attention_scores.dtypes = _SCORES
 bipartition.dtypes = _SCORES
 informed_scores.dtypes = _SCORES
 aggregate_attention.dtypes = _SCORES
 select_tokens.dtypes = _SCORES
 self_guided_masking.dtypes = _SCORES
+gather_tokens_backward.suits = restore_tokens_backward.suits = _packed_and_short
 gather_tokens_backward.dtypes = _ROWS
 restore_tokens.dtypes = _ROWS
 restore_tokens_backward.dtypes = _ROWS

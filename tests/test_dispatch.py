@@ -71,6 +71,35 @@ def test_poisoned_memory_shows(poisoned_memory):
     assert bool((torch.empty(5, dtype=torch.int64) == torch.iinfo(torch.int64).max).all())
 
 
+def answered(monkeypatch, grad, width, forced=None, without=()) -> str:
+    """Returns which backend answers for a GPU's gradient and as many ids a sample."""
+
+    def implementation(backend, op, device_type):
+        if backend in without:
+            raise _dispatch.Unavailable("not here")
+
+        def function(*_):
+            return backend
+
+        function.suits = getattr(_native._OPS[op], "suits", None) if backend == "cuda" else None
+        return function
+
+    monkeypatch.setattr(_dispatch, "implementation", implementation)
+    choose = _dispatch._choose.__wrapped__
+    ids = torch.zeros(len(grad), width, dtype=torch.int64)
+    return choose("gather_tokens_backward", "cuda", grad.dtype, forced)(grad, ids, 7)
+
+
+def test_long_and_strided_gradients_are_triton_s(monkeypatch):
+    packed, strided = torch.zeros(2, 5, 3), torch.zeros(2, 6, 3)[:, 1:]
+    assert answered(monkeypatch, packed, 5) == "cuda"
+    assert answered(monkeypatch, strided, 5) == "triton"
+    assert answered(monkeypatch, packed, 4097) == "triton"
+    assert answered(monkeypatch, strided, 5, forced="cuda") == "cuda"
+    assert answered(monkeypatch, strided, 5, without=("triton",)) == "cuda"
+    assert answered(monkeypatch, packed, 5, without=("cuda",)) == "triton"
+
+
 def test_ops_and_schemas_agree():
     assert set(OPS) | {"gather_tokens_backward", "restore_tokens_backward"} == set(SCHEMAS)
     for op in SCHEMAS:

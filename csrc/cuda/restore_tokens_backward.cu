@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kLeastRows = 128;  // of a part
 constexpr unsigned kPartLanes = 32;  // that share the parts of a column
 constexpr int kLoads = 2;            // rows that a thread has on their way
+constexpr int kBlocksAtOnce = 6;     // of a multiprocessor, on every GPU
 
 // What one launch adds up: columns of all rows, which follow each other.
 struct Sums {
@@ -54,7 +55,7 @@ __device__ int list_filled(bool filled, unsigned* list, int* counts) {
 }
 
 template <class T, class Word>
-__global__ void __launch_bounds__(kCopyThreads, 8)
+__global__ void __launch_bounds__(kCopyThreads, kBlocksAtOnce)
     sum_filled_kernel(const __grid_constant__ Sums s) {
   using Sum = SumOf<T>;
   using Shared = FilledShared<T, Word>;
