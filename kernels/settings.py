@@ -49,7 +49,7 @@ DEFAULT = {
         {"up_to": None, "tokens": 16, "rows": 16, "num_warps": 8, "num_stages": 1},
     ),
     "attention_scores.column_sums": (
-        {"up_to": 512, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 3},
+        {"up_to": 512, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 2},
         {"up_to": 2048, "tokens": 16, "rows": 16, "num_warps": 4, "num_stages": 1},
         {"up_to": None, "tokens": 16, "rows": 16, "num_warps": 8, "num_stages": 1},
     ),

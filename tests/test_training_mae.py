@@ -354,7 +354,7 @@ def test_pictures_of_mixed_sizes(
     arguments += ["--validation-share", "0"]
     arguments[1] = pictures
     line = refused(arguments, capsys)
-    assert "07.png: got a picture of 10 x 10 pixels, allowed is 8 x 8; give size and" in line
+    assert "07.png: got a picture of 10 x 10 pixels, allowed is 8 x 8; give resize" in line
     shutil.rmtree(tmp_path / "out")
     assert call([*arguments, "--resize", "bilinear"]) == 0
     capsys.readouterr()
