@@ -95,9 +95,8 @@ class NinjaBuild(build_ext):
         import pybind11
 
         # an editable installation is given a new folder each time, and would compile all again
-        temp = (
-            ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
-        )
+        folder = ROOT / "build" / "editable" if self.editable_mode else self.build_temp
+        temp = Path(folder).resolve()
         temp.mkdir(parents=True, exist_ok=True)
         openmp = "" if sys.platform == "darwin" else "-fopenmp"
         x86 = platform.machine() in ("x86_64", "AMD64")
@@ -169,7 +168,7 @@ def escape(path):
 
 
 setup(
-    license="MIT",  # here, since setuptools before and after 77 want it differently in pyproject.toml
+    license="MIT",  # in pyproject.toml, setuptools before and after 77 want it differently
     ext_modules=[Extension("sma_fast._C", sources=["csrc/module.cpp"], language="c++")],
     cmdclass={"build_ext": NinjaBuild},
 )
