@@ -89,6 +89,31 @@ def test_an_old_setuptools(unpacked, tmp_path):
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
 
 
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case "$1" in -o) shift; echo "$0" > "$1";; -MF) shift; echo "x:" > "$1";; esac
+  shift
+done
+"""
+
+
+def test_the_last_build_is_what_is_there(tmp_path):
+    """Though the objects of an earlier one, in their own folder, are up to date."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}/lib"]
+    for name in ("first", "other", "first"):
+        compiler = tmp_path / name
+        compiler.write_text(COMPILER)
+        compiler.chmod(0o755)
+        subprocess.run(
+            [*command, f"--build-temp={tmp_path}/{name}-temp"],
+            env=os.environ | {"SMA_FAST_CUDA": "0", "CXX": str(compiler)},
+            cwd=ROOT,
+            check=True,
+        )
+        (module,) = (tmp_path / "lib" / "sma_fast").glob("_C.*")
+        assert module.read_text() == f"{compiler}\n"
+
+
 @pytest.mark.parametrize("archs", ["75", "80;75", "90a,sm_80", "80;"])
 def test_gpus_that_are_too_old_are_refused(archs, tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
