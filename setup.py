@@ -95,9 +95,8 @@ class NinjaBuild(build_ext):
         import pybind11
 
         # an editable installation is given a new folder each time, and would compile all again
-        temp = (
-            ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
-        )
+        folder = ROOT / "build" / "editable" if self.editable_mode else self.build_temp
+        temp = Path(folder).resolve()
         temp.mkdir(parents=True, exist_ok=True)
         openmp = "" if sys.platform == "darwin" else "-fopenmp"
         x86 = platform.machine() in ("x86_64", "AMD64")
@@ -145,7 +144,8 @@ class NinjaBuild(build_ext):
             flags = python if source.stem == "module" else X86_FLAGS.get(source.stem, "")
             if rule == "cxx" and flags:
                 lines.append(f"  flags = {flags}")
-        lines.append(f"build {escape(module)}: link {' '.join(map(escape, objects))}")
+        linked = temp / module.name
+        lines.append(f"build {escape(linked)}: link {' '.join(map(escape, objects))}")
         (temp / "build.ninja").write_text("\n".join(lines) + "\n")
         command = [ninja_path(), "-C", str(temp)] + (["-v"] if self.verbose > 1 else [])
         if subprocess.run(command).returncode:
@@ -153,6 +153,9 @@ class NinjaBuild(build_ext):
                 "sma_fast: building the native module failed (see above). SMA_FAST_CUDA=0 builds "
                 "without CUDA, SMA_FAST_NATIVE=0 installs without the native module"
             )
+        # whatever another folder's build has put there; not into a file that a process has open
+        module.unlink(missing_ok=True)
+        shutil.copy2(linked, module)
 
 
 def sources(x86, cuda):
@@ -169,7 +172,7 @@ def escape(path):
 
 
 setup(
-    license="MIT",  # setuptools before and after 77 want it differently in pyproject.toml
+    license="MIT",  # in pyproject.toml, setuptools before and after 77 want it differently
     ext_modules=[Extension("sma_fast._C", sources=["csrc/module.cpp"], language="c++")],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ from bench import (  # noqa: E402
     machine,
     report,
     report_gpu,
-    shapes,
     targets,
 )
 
@@ -104,6 +102,49 @@ def test_failures_are_kept_and_do_not_stop_the_next(
     assert "tests: FAILED" in capsys.readouterr().out
 
 
+def test_benchmarks_go_on_with_what_is_missing(
+    a_single_run: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result: dict = {"rows": [], "rates": {}}
+    asked = gpu_processes.Asked("cpu", True, "", lambda: None)
+    told: list[tuple] = []
+    filed = [
+        [
+            {"test": "f::a", "op": "x", "ours_s": 1.0, "copy_rate": 2.0, "matrix_rate": 3.0},
+            {"test": "f::a", "outcome": "passed", "why": ""},
+            {"test": "f::b", "outcome": "failed", "why": "its process ended"},
+            {"test": "f::c", "op": "x", "ours_s": 1.0},  # another backend of ours failed
+            {"test": "f::c", "outcome": "failed", "why": "ours (triton): a wrong answer"},
+        ],
+        [
+            *({"test": f"f::{name}", "op": "x", "ours_s": 4.0} for name in "bc"),
+            *({"test": f"f::{name}", "outcome": "passed", "why": ""} for name in "bc"),
+            {"rates": {"float32": {"copy_rate": 5.0}}},
+        ],
+    ]
+
+    def each_test(command, until, take, done, last):
+        told.append((done, last))
+        for line in filed[len(told) - 1]:
+            take(line)
+        return gpu_processes.Ended("passed", 1.0, "")
+
+    monkeypatch.setattr(gpu_benchmarks, "each_test", each_test)
+    assert not gpu_benchmarks.benchmarks(result, asked, 0.0)
+    run = result["benchmarks"]["rows"]
+    assert (run["passed"], run["failed"], run["complete"]) == (1, 2, False)
+    assert run["failures"]["f::b"] == ["its process ended"]
+    assert [row["test"] for row in result["rows"]] == ["f::a", "f::c"]
+    assert result["rates"] == {"float32": {"copy_rate": 2.0, "matrix_rate": 3.0}}
+    for _ in range(2):  # the second time nothing is started
+        assert gpu_benchmarks.benchmarks(result, asked, 0.0)
+    assert told == [([], []), (["f::a"], ["f::b", "f::c"])]
+    assert run["complete"] and run["failures"] == {} and run["passed"] == 3
+    assert [(row["test"], row["ours_s"]) for row in result["rows"]] == [
+        *(("f::a", 1.0), ("f::b", 4.0), ("f::c", 4.0))
+    ]
+
+
 def test_a_program_out_of_time_is_ended_with_what_it_printed() -> None:
     program = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
     start = time.monotonic()
@@ -112,6 +153,13 @@ def test_a_program_out_of_time_is_ended_with_what_it_printed() -> None:
     assert time.monotonic() - start < 30
     assert ended.summary()["tail"] == ["begun"]
     assert gpu_processes.run([], time.monotonic() - 1).status == "timed out"
+    gpu_processes.STOP.set()  # as SIGTERM does
+    try:
+        program = [sys.executable, "-c", "import time; time.sleep(60)"]
+        assert gpu_processes.run(program, time.monotonic() + 60).status == "timed out"
+    finally:
+        gpu_processes.STOP.clear()
+    assert time.monotonic() - start < 30
 
 
 def a_result(**changed) -> dict:
@@ -198,73 +246,3 @@ def test_readme_s_table_of_a_gpu() -> None:
     assert "compute-sanitizer: not run" in printed
     assert "targets met: 1 of 1" in report_gpu.text(result)
     assert report.file_name(result) == "2026-01-01-a-gpu.json"
-
-
-def test_microseconds_on_a_gpu_are_those_of_graph_replay() -> None:
-    (target,) = (
-        t for t in targets.GPU_TARGETS if t.measure == "microseconds" and t.shape == "protein"
-    )
-    row = {"ours_s": 20e-6, "timing": "graph"}
-    assert target.met(row) and not target.met({**row, "ours_s": 26e-6})
-    assert target.met({**row, "timing": "events"}) is None
-
-
-def test_no_benchmark_is_left_out() -> None:
-    there = {f"bench/{file.name}" for file in (gpu_processes.ROOT / "bench").glob("bench_*.py")}
-    assert set(gpu_benchmarks.FILES) == there
-
-
-COLLECT = """
-import contextlib, io, json, sys
-import pytest
-
-for which in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        pytest.main(["bench", "--collect-only", "-q", "-p", "no:cacheprovider", "-k", which])
-    lines = printed.getvalue().splitlines()
-    print(json.dumps([line.partition("::")[2] for line in lines if "::" in line]))
-"""
-NAMES = {  # of what is not bench_OP[SHAPE]
-    ("attention_scores", "all queries"): "bench_attention_scores_of_all_queries",
-    ("pretraining_step", "informed mask"): "bench_pretraining_step_of_pictures",
-    ("bipartition", "forward"): "bench_bipartition",
-}
-
-
-def test_what_has_targets_comes_first() -> None:
-    runs = gpu_benchmarks.RUNS
-    done = subprocess.run(
-        [sys.executable, "-c", COLLECT, json.dumps([run.which for run in runs])],
-        cwd=gpu_processes.ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    chosen = [
-        {(test, run.dtype, run.batch) for test in json.loads(line)}
-        for run, line in zip(runs, done.stdout.splitlines(), strict=True)
-    ]
-    wanted = set()
-    for target in (*targets.TARGETS, *targets.GPU_TARGETS):
-        if target.device != "cuda":
-            continue
-        name = NAMES.get((target.op, target.part), f"bench_{target.op}")
-        name += "_backward" * (target.part == "backward")
-        name += "_of_many" * (target.shape in shapes.SELECT_ON_GPU)
-        if name not in ("bench_bipartition", "bench_pretraining_step_of_pictures"):
-            name += f"[{target.shape}]"
-        fixed = shapes.SHAPES[target.shape].fixed_batch
-        batch = None if fixed else "8" if target.batch == 8 else "full"
-        wanted.add((name, target.dtype, batch))
-    first = [run.name for run in runs].index("cuts") + 1
-    assert set().union(*chosen[:first]) == wanted
-    assert sum(map(len, chosen)) == len(set().union(*chosen))  # and nothing twice
-    everything = {test for run in chosen for test, _, _ in run}
-    assert {"bench_informed_scores", "bench_gather_tokens[long]"} <= everything
-
-
-def test_targets_name_shapes_at_their_batch() -> None:
-    assert set(shapes.FULL_BATCH) == {*shapes.ALL, "patches", "vit-b16"}
-    for target in targets.GPU_TARGETS:
-        batches = {shapes.FULL_BATCH.get(target.shape), shapes.SHAPES[target.shape].batch, 8}
-        assert target.device == "cuda" and target.batch_size in batches

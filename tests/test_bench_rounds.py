@@ -1,6 +1,8 @@
 """How a GPU is timed, with one played by the clock."""
 
+import contextlib
 import functools
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
 
+import sma_fast  # noqa: E402
 from bench import (  # noqa: E402
     bench_gather_tokens,
     bench_select_tokens,
@@ -20,6 +23,7 @@ from bench import (  # noqa: E402
     memory,
     roofline,
     shapes,
+    variants,
 )
 
 
@@ -134,6 +138,157 @@ def test_benchmarks_take_their_times_from_the_gpu(
     assert row["skipped"]["eager"] == "out of memory"
     loops = row["skipped"].get("published")
     assert loops == ("Python loops over 4096 samples" if shape == "4096x4096" else None)
+
+
+def test_what_goes_wrong_with_others_leaves_our_row(
+    played_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers are left out; another backend of ours fails the benchmark, once the rest is filed."""
+    benchmark = Benchmark()
+    case = bench_select_tokens.set_up(harness.Settings(quick=True, compile=False), "physics")
+    good = case.peers["eager"]
+    forced, timing = [], []
+
+    def wrong():
+        mask, ids = good()
+        return ~mask, ids
+
+    def not_captured():
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    def at_first_good(fail):
+        calls = itertools.count()
+        return lambda: fail() if next(calls) else good()
+
+    def good_until_the_rounds():
+        return not_captured() if timing else good()
+
+    def no_memory():
+        raise torch.OutOfMemoryError
+
+    case.peers = {
+        "good": good,
+        "wrong": wrong,
+        "wrong later": at_first_good(wrong),
+        "without a plan": at_first_good(not_captured),
+        "no memory": at_first_good(no_memory),
+        "in a round": good_until_the_rounds,
+    }
+    case.peers = {name: functools.partial(call) for name, call in case.peers.items()}
+    case.peers["not at all"] = "not measured: pip install it"
+    ours = case.ours
+
+    def answer():
+        selection = ours()
+        return selection._replace(mask=~selection.mask) if forced else selection
+
+    case.ours = functools.partial(answer)
+
+    @contextlib.contextmanager
+    def use_backend(name: str):
+        if name == "triton":
+            forced.append(name)
+        yield
+        forced.clear()
+
+    def pedantic(*arguments, **options):
+        timing.append(True)
+        Benchmark.pedantic(benchmark, *arguments, **options)
+
+    benchmark.pedantic = pedantic
+
+    monkeypatch.setattr(sma_fast, "use_backend", use_backend)
+    monkeypatch.setattr(harness, "our_backends", lambda op, device: ["cuda", "triton"])
+    monkeypatch.setattr(memory, "peak_of", lambda call, device: 7)
+    monkeypatch.setattr(roofline, "rates", lambda *_: roofline.Rates(1e9, 1e9))
+    with pytest.raises(AssertionError, match=r"^ours \(triton\): a wrong answer"):
+        harness.measure(benchmark, harness.Settings(device="cuda", quick=True), case)
+    row = benchmark.extra_info
+    assert row["ours_s"] > 0 and row["peers"].keys() == {"good"}
+    assert row["skipped"].pop("ours (triton)").startswith("a wrong answer")
+    for name in ("wrong", "wrong later"):
+        assert row["skipped"].pop(name).startswith("a wrong answer: ")
+    said = "RuntimeError: operation not permitted when stream is capturing"
+    assert row["skipped"] == {
+        "without a plan": said,
+        "no memory": "out of memory",
+        "in a round": said,
+        "not at all": "not measured: pip install it",
+    }
+
+
+def test_ours_that_is_wrong_is_not_timed() -> None:
+    case = bench_select_tokens.set_up(harness.Settings(quick=True, compile=False), "physics")
+    ours = case.ours
+    case.ours = lambda: ours()._replace(mask=~ours().mask)
+    benchmark = Benchmark()
+    with pytest.raises(AssertionError, match="select_tokens on physics: ours is wrong, nothing"):
+        harness.measure(benchmark, harness.Settings(quick=True, compile=False), case)
+    assert benchmark.extra_info == {}
+
+
+def test_a_peer_that_breaks_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    skipped: dict[str, str] = {}
+    rest = variants.Rest([variants.Variant("peer", broken, print, "cuda", ours=False)], skipped)
+    with pytest.raises(RuntimeError, match="^peer broke the GPU's context: .*illegal memory"):
+        rest.each(lambda variant: variant.call())
+
+
+def test_a_capture_that_fails_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = ["first"]
+    side = SimpleNamespace(wait_stream=lambda other: None)
+    first = SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def graph(graph, stream):
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: first)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    calls = itertools.count()
+
+    def call():
+        if next(calls):
+            raise RuntimeError("not in a capture")
+
+    with pytest.raises(RuntimeError, match="not in a capture"):
+        gpu_rounds.captured([call])
+    assert streams == ["first", side, first]
+
+
+def test_rates_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of calls in a row: the host's time for one, and to wait for it, is not counted."""
+    now = {"host": 0.0, "gpu": 0.0}
+    took = iter([5.0, *[1.0, 1.0] * roofline.IN_A_ROW, *[3.0, 0.5] * roofline.IN_A_ROW * 9])
+
+    def call():
+        now["host"] += 0.1
+        now["gpu"] = max(now["gpu"], now["host"]) + next(took)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            self.time = max(now["gpu"], now["host"])
+
+        def synchronize(self) -> None:
+            now["host"] = max(now["host"], self.time) + 100.0
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.time - self.time) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert roofline._best(call, 5, "cuda") == pytest.approx(1.0)
 
 
 def test_full_batch_leaves_shapes_that_name_theirs() -> None:

@@ -73,6 +73,47 @@ def test_without_a_compiler(unpacked, tmp_path):
         assert b"no C++ compiler was found" in archive.read("sma_fast/_build.json")
 
 
+def test_an_old_setuptools(unpacked, tmp_path):
+    """As `make gpu` installs, with the Python's own: the oldest that this Python can run."""
+    oldest = "64.0.0" if sys.version_info < (3, 12) else "69.5.1"
+    python = tmp_path / "environment" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    wheel = [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, unpacked]
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", python.parents[1]], check=True)
+    requirements = [f"setuptools=={oldest}", "wheel", "pybind11", "ninja"]
+    subprocess.run([*pip, "install", "--quiet", *requirements], check=True)
+    subprocess.run(wheel, env=os.environ | {"SMA_FAST_NATIVE": "0"}, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        assert "License: MIT" in archive.read(metadata).decode().splitlines()
+        assert any(name.endswith("/LICENSE") for name in archive.namelist())
+
+
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case "$1" in -o) shift; echo "$0" > "$1";; -MF) shift; echo "x:" > "$1";; esac
+  shift
+done
+"""
+
+
+def test_the_last_build_is_what_is_there(tmp_path):
+    """Though the objects of an earlier one, in their own folder, are up to date."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}/lib"]
+    for name in ("first", "other", "first"):
+        compiler = tmp_path / name
+        compiler.write_text(COMPILER)
+        compiler.chmod(0o755)
+        subprocess.run(
+            [*command, f"--build-temp={tmp_path}/{name}-temp"],
+            env=os.environ | {"SMA_FAST_CUDA": "0", "CXX": str(compiler)},
+            cwd=ROOT,
+            check=True,
+        )
+        (module,) = (tmp_path / "lib" / "sma_fast").glob("_C.*")
+        assert module.read_text() == f"{compiler}\n"
+
+
 @pytest.mark.parametrize("archs", ["75", "80;75", "90a,sm_80", "80;"])
 def test_gpus_that_are_too_old_are_refused(archs, tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"

@@ -16,7 +16,7 @@ from sma_fast._schema import SCHEMAS
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # where bench lies, behind what is installed
 
-from bench import cubins, kernels_cuda  # noqa: E402
+from bench import cubins, gpu_stages, kernels_cuda  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 MOST_SHARED = {"80": 166912, "90": 232448}  # bytes of a block, and of later ones
@@ -94,6 +94,15 @@ def test_cuda_kernels_compile_without_spills(nvcc: str) -> None:
         number = int(architecture.rstrip("af"))
         here = {name for name, least in written.items() if least <= number}
         assert {name for name, sm in found if sm == architecture} == here, architecture
+
+
+@pytest.mark.parametrize("name", ["device", "gather_tokens"])
+def test_sanitizer_s_filter_finds_our_kernels(nvcc: str, name: str, tmp_path: Path) -> None:
+    cubin, source = tmp_path / "x.cubin", kernels_cuda.FOLDER / f"{name}.cu"
+    command = [nvcc, *kernels_cuda.FLAGS, "-arch=sm_80", "-o", str(cubin), str(source)]
+    subprocess.run(command, check=True)
+    kernels = cubins.usages(cubin)
+    assert kernels and all(gpu_stages.OURS in kernel for kernel in kernels)
 
 
 SPILLS = """
