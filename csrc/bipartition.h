@@ -13,7 +13,7 @@ namespace SMA_ISA {
 
 constexpr int kDirectTokens = 8;     // the matrix pays after an iteration for each so many tokens
 constexpr double kFarBelow = 0.8;    // of the second eigenvalue, that a polynomial tells from it
-constexpr int kFewProducts = 8;      // from here on polynomials are of higher degrees,
+constexpr int kFewProducts = 20;     // from here on polynomials are of higher degrees,
 constexpr int kMostDegree = 8;       // up to this,
 constexpr double kMostGrowth = 1e3;  // while the vectors stay apart in floats
 
