@@ -1,9 +1,10 @@
 // bipartition: the patches of a sample cut in two, by the second eigenvector of their similarity.
 //
-// One sample at a time, and its rows stay in the cache: a block of four vectors is multiplied with
-// the similarities again and again, made orthogonal to the trivial vector and to each other, and
-// turned to the eigenvectors of the 4 x 4 problem between them (subspace iteration with
-// Rayleigh-Ritz).
+// One sample at a time, and its rows stay in the cache. A pair of vectors nears the two first
+// eigenvectors behind the trivial one: each product adds the directions in which the pair is wrong,
+// and the next pair is the best of what both, and the step before, span (LOBPCG, Knyazev 2001;
+// orthonormal throughout, as Hetmaniuk and Lehoucq 2006 have it). A pair rather than one, as the
+// second tells how far away the first is from being another vector as well.
 #pragma once
 #include "cut_matrix.h"
 #include "small_eigen.h"
@@ -11,37 +12,33 @@
 namespace sma {
 namespace SMA_ISA {
 
-constexpr int kDirectTokens = 8;     // the matrix pays after an iteration for each so many tokens
-constexpr double kFarBelow = 0.8;    // of the second eigenvalue, that a polynomial tells from it
-constexpr int kFewProducts = 20;     // from here on polynomials are of higher degrees,
-constexpr int kMostDegree = 8;       // up to this,
-constexpr double kMostGrowth = 1e3;  // while the vectors stay apart in floats
+// The pair, the step that led to it, and where it is wrong: in this order in memory.
+enum Part : int { kBest = 0, kStep = kPair, kWrong = 2 * kPair };
+constexpr int kSpan = 3 * kPair;
 
 template <class T>
 class Cut : CutMatrix<T> {
  public:
-  using CutMatrix<T>::CutMatrix;
+  Cut(const BipartitionArgs& args, int64_t sample, float* scratch)
+      : CutMatrix<T>(args, sample, scratch),
+        vectors(scratch + cut_matrix_size(args)),
+        products(vectors + kSpan * padded) {}
+
+  // Floats of scratch.
+  static int64_t size(const BipartitionArgs& a) {
+    return round_up(cut_matrix_size(a) + 2 * kSpan * padded_tokens(a.tokens), 16);
+  }
 
   // False: an embedding is not finite.
   bool run() {
-    if (!this->find_scales()) return false;
-    const int size = static_cast<int>(smaller<int64_t>(kVectors, n - 1));
-    double values[kVectors] = {};
+    if (!this->find_degrees()) return false;
+    memset(vectors, 0, static_cast<size_t>(2 * kSpan * padded) * sizeof(float));
+    double values[kPair] = {};
     bool converged = false;
-    if (size > 0) {
-      this->find_degrees();
-      for (int j = 0; j < kVectors; ++j) start(j, 0);
-      for (int j = 0; j < size; ++j) gram_schmidt(vectors, j, 0);
-      for (int64_t i = 0; i < a.iterations && !converged; ++i) {
-        if (plan.stored && !filled && i >= n / kDirectTokens) this->fill_matrix();
-        if (const int degree = degree_for(i, values); degree > 1) {
-          filter(static_cast<float>(values[kVectors - 1]), degree);
-          i += degree - 1;
-        }
-        if (i > 0) next_vectors(size, i);
-        this->multiply(size);
-        converged = rayleigh_ritz(size, values);
-      }
+    for (int64_t i = 0; i < a.iterations && n > 1 && !converged; ++i) {
+      for (int j = kWrong; j < kSpan; ++j) there[j] = orthonormal(j, i);
+      this->multiply(vector(kWrong), product(kWrong));
+      converged = rayleigh_ritz(values);
     }
     write(converged, values[0]);
     return true;
@@ -49,108 +46,104 @@ class Cut : CutMatrix<T> {
 
  private:
   using Base = CutMatrix<T>;
-  using Base::a, Base::plan, Base::b, Base::n, Base::tokens, Base::root, Base::trivial;
-  using Base::filled, Base::vectors, Base::products, Base::before;
+  using Base::a, Base::b, Base::n, Base::padded, Base::tokens, Base::root, Base::trivial;
 
-  void start(int j, int64_t round) {
-    float* v = vectors + j * plan.padded;
-    for (int64_t i = 0; i < plan.padded; ++i)
-      v[i] = i < n ? cut_noise(static_cast<uint32_t>(i), static_cast<uint32_t>(j),
-                               static_cast<uint32_t>(round))
-                   : 0.0f;
-  }
+  float* const vectors;    // [kSpan][padded], orthonormal
+  float* const products;   // of the matrix with them
+  bool there[kSpan] = {};  // else the vector is 0
+
+  float* vector(int j) const { return vectors + j * padded; }
+  float* product(int j) const { return products + j * padded; }
 
   // Makes vector j orthogonal to the trivial one and to those before it, and of length 1; noise
-  // takes its place where nothing is left.
-  void gram_schmidt(float* all, int j, int64_t round) {
-    float* v = all + j * plan.padded;
-    const double before = dot(v, v, n);
-    for (int again = 0; again < 2; ++again) {
-      add_times(v, trivial, static_cast<float>(-dot(v, trivial, n)), n);
-      for (int k = 0; k < j; ++k) {
-        const float* other = all + k * plan.padded;
-        add_times(v, other, static_cast<float>(-dot(v, other, n)), n);
+  // takes its place where nothing is left. False where nothing is left of that either.
+  bool orthonormal(int j, int64_t round) {
+    float* const v = vector(j);
+    for (int noise = 0; noise < 2; ++noise) {
+      if (noise > 0)
+        for (int64_t i = 0; i < n; ++i)
+          v[i] = cut_noise(static_cast<uint32_t>(i), static_cast<uint32_t>(j - kWrong),
+                           static_cast<uint32_t>(round));
+      const double before = dot(v, v, padded);
+      for (int again = 0; again < 2; ++again) {
+        add_times(v, trivial, -dot(v, trivial, padded), padded);
+        for (int k = 0; k < j; ++k)
+          if (there[k]) add_times(v, vector(k), -dot(v, vector(k), padded), padded);
+      }
+      const double left = dot(v, v, padded);
+      if (left > 1e-10 * before && left > 1e-24) {
+        scale_by(v, 1 / __builtin_sqrt(left), padded);
+        return true;
       }
     }
-    double length = dot(v, v, n);
-    if (!(length > 1e-10 * before) || !(length > 1e-24)) {
-      if (round < 0) return;
-      start(j, round + 1);
-      return gram_schmidt(all, j, -1);
+    memset(v, 0, static_cast<size_t>(padded) * sizeof(float));
+    return false;
+  }
+
+  // Finds the best pair that the vectors span, the step to it and where it is wrong; says whether
+  // its first is near enough.
+  bool rayleigh_ritz(double (&values)[kPair]) {
+    double m[kSpan][kSpan], found[kSpan], turn[kSpan][kSpan];
+    for (int p = 0; p < kSpan; ++p) {
+      for (int q = p; q < kSpan; ++q) m[p][q] = m[q][p] = dot(vector(p), product(q), padded);
+      if (!there[p]) m[p][p] = -1;  // below all others, which are not negative
     }
-    const float factor = static_cast<float>(1 / __builtin_sqrt(length));
-    for (int64_t i = 0; i < n; ++i) v[i] *= factor;
-  }
-
-  // The degree of the polynomial that product i becomes; 1: a product. The bound on what is not
-  // wanted is the last value, which is right only after some products unless it lies far below.
-  int degree_for(int64_t i, const double (&values)[kVectors]) const {
-    const double x = 2 * values[0] / values[kVectors - 1] - 1;
-    const bool far_below = values[kVectors - 1] < kFarBelow * values[0];
-    if (i < 2 || !(values[kVectors - 1] > kNothing) || !(far_below || i >= kFewProducts)) return 1;
-    const int64_t most = i < kFewProducts ? 2 : smaller<int64_t>(kMostDegree, a.iterations - i);
-    if (i + 2 > a.iterations) return 1;
-    int degree = 2;
-    for (double last = x, now = 2 * x * x - 1; degree < most && now < kMostGrowth; ++degree) {
-      const double next = 2 * x * now - last;
-      last = now;
-      now = next;
-    }
-    return degree;
-  }
-
-  // Instead of the product with the matrix, a polynomial of it: Chebyshev's, which is small on
-  // [0, bound], where what is not wanted lies, and grows fastest above. Each degree takes a
-  // product; the last one is left to the caller.
-  void filter(float bound, int degree) {
-    const int64_t size = kVectors * plan.padded;
-    const float inverse = 2 / bound;
-    memcpy(before, vectors, static_cast<size_t>(size) * sizeof(float));
-    for (int64_t i = 0; i < size; ++i) vectors[i] = products[i] * inverse - vectors[i];
-    for (int d = 2;; ++d) {
-      this->multiply(kVectors);
-      for (int64_t i = 0; i < size; ++i) {
-        products[i] = 2 * (products[i] * inverse - vectors[i]) - before[i];
-        before[i] = vectors[i];
-        vectors[i] = products[i];
-      }
-      if (d == degree) return;
-    }
-  }
-
-  void next_vectors(int size, int64_t round) {
-    memcpy(vectors, products, static_cast<size_t>(kVectors * plan.padded) * sizeof(float));
-    for (int j = 0; j < size; ++j) gram_schmidt(vectors, j, round);
-  }
-
-  // Turns the vectors to the eigenvectors between them; says whether the first is near enough.
-  bool rayleigh_ritz(int size, double (&values)[kVectors]) {
-    double m[kVectors][kVectors] = {}, turn[kVectors][kVectors];
-    for (int p = 0; p < size; ++p)
-      for (int q = 0; q < size; ++q)
-        m[p][q] = dot(vectors + p * plan.padded, products + q * plan.padded, n);
-    for (int p = 0; p < size; ++p)
-      for (int q = 0; q < p; ++q) m[p][q] = m[q][p] = (m[p][q] + m[q][p]) / 2;
-    small_eigen(m, size, values, turn);
-    double errors[kVectors] = {};
-    for (int64_t i = 0; i < n; ++i) {
-      double v[kVectors] = {}, y[kVectors] = {};
-      for (int j = 0; j < size; ++j)
-        for (int k = 0; k < size; ++k) {
-          v[j] += vectors[k * plan.padded + i] * turn[k][j];
-          y[j] += products[k * plan.padded + i] * turn[k][j];
-        }
-      for (int j = 0; j < size; ++j) {
-        const double error = y[j] - values[j] * v[j];
-        errors[j] += error * error;
-        vectors[j * plan.padded + i] = static_cast<float>(v[j]);
-        products[j * plan.padded + i] = static_cast<float>(y[j]);
-      }
+    small_eigen(m, kSpan, found, turn);
+    for (int j = 0; j < kPair; ++j) there[kBest + j] = there[kBest + j] || there[kWrong + j];
+    for (int j = 0; j < kPair; ++j) there[kStep + j] = step(j, turn);
+    combine(vectors, turn);
+    combine(products, turn);
+    double errors[kPair];
+    for (int j = 0; j < kPair; ++j) {
+      values[j] = found[j];
+      float* const wrong = vector(kWrong + j);
+      memcpy(wrong, product(j), static_cast<size_t>(padded) * sizeof(float));
+      add_times(wrong, vector(j), -values[j], padded);
+      errors[j] = __builtin_sqrt(dot(wrong, wrong, padded));
     }
     // the second may be as much larger as it is wrong
-    const double second = size > 1 ? values[1] + __builtin_sqrt(errors[1]) : 0;
-    const double gap = values[0] - second, error = __builtin_sqrt(errors[0]);
-    return values[0] > kNothing && error <= a.tol * gap && labels_follow(error / gap);
+    const double second = there[1] ? values[1] + errors[1] : 0, gap = values[0] - second;
+    return values[0] > kNothing && errors[0] <= a.tol * gap && labels_follow(errors[0] / gap);
+  }
+
+  // Column kPair + j of `turn` becomes the step to best vector j: what that has of all but the best
+  // before it, made orthogonal to what is best now and to other steps. False: there is none.
+  static bool step(int j, double (&turn)[kSpan][kSpan]) {
+    double square = 0;
+    for (int p = 0; p < kSpan; ++p) {
+      turn[p][kStep + j] = p < kStep ? 0 : turn[p][j];
+      square += turn[p][kStep + j] * turn[p][kStep + j];
+    }
+    double left = 0;
+    for (int again = 0; again < 2; ++again) {
+      for (int k = 0; k < kStep + j; ++k) {
+        double along = 0;
+        for (int p = 0; p < kSpan; ++p) along += turn[p][k] * turn[p][kStep + j];
+        for (int p = 0; p < kSpan; ++p) turn[p][kStep + j] -= along * turn[p][k];
+      }
+      left = 0;
+      for (int p = 0; p < kSpan; ++p) left += turn[p][kStep + j] * turn[p][kStep + j];
+    }
+    const bool some = left > 1e-10 * square && left > 1e-24;
+    const double factor = some ? 1 / __builtin_sqrt(left) : 0;
+    for (int p = 0; p < kSpan; ++p) turn[p][kStep + j] *= factor;
+    return some;
+  }
+
+  // The best vectors and the steps, or products with them, of those of the span.
+  void combine(float* all, const double (&turn)[kSpan][kSpan]) {
+    float factors[kWrong][kSpan];
+    for (int j = 0; j < kWrong; ++j)
+      for (int p = 0; p < kSpan; ++p) factors[j][p] = static_cast<float>(turn[p][j]);
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      Vf sum[kWrong] = {};
+      for (int p = 0; p < kSpan; ++p) {
+        const Vf v = load<Vf>(all + p * padded + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < kWrong; ++j) sum[j] += v * splat(factors[j][p]);
+      }
+      for (int j = 0; j < kWrong; ++j) store(all + j * padded + i, sum[j]);
+    }
   }
 
   // Whether labels are those of the exact vector, at this angle to it: but for one in a thousand no
@@ -213,8 +206,7 @@ class Cut : CutMatrix<T> {
 
 template <class T>
 void bipartition_of(const BipartitionArgs& a) {
-  const BipartitionPlan plan(a);
-  const int64_t size = round_up(plan.size(a), 16);
+  const int64_t size = Cut<T>::size(a);
   const int64_t work = a.batch * a.tokens * a.width;
   const int threads =
       static_cast<int>(smaller<int64_t>(threads_for(work, a.threads), larger<int64_t>(a.batch, 1)));
@@ -222,7 +214,7 @@ void bipartition_of(const BipartitionArgs& a) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t b = 0; b < a.batch; ++b) {
     float* own = scratch.get() + omp_get_thread_num() * size;
-    if (!Cut<T>(a, plan, b, own).run()) *a.not_finite = 1;  // any thread writes the same
+    if (!Cut<T>(a, b, own).run()) *a.not_finite = 1;  // any thread writes the same
   }
 }
 

@@ -1,197 +1,145 @@
-// The similarities of a sample's rows, which bipartition multiplies with its vectors.
+// The similarities of a sample's rows, which bipartition multiplies with pairs of vectors.
 //
-// They are applied as x (x^T v), which costs less than their matrix where few products are enough,
-// as they mostly are. Where they are not, their matrix is made of the rows after all, up to
-// kStoredTokens tokens: one half in register tiles, as attention_scores multiplies, the other half
-// copied.
+// They are never stored: their product with v is x (x^T v), and the rows x stay in the cache.
 #pragma once
 #include "cut_rules.h"
-#include "logit_tiles.h"
 #include "unit_rows.h"
 
 namespace sma {
 namespace SMA_ISA {
 
-constexpr int64_t kStoredTokens = 256;
+constexpr int kPair = 2;
 constexpr int kRowsAtOnce = 4;
 
-inline void add_times(float* x, const float* y, float factor, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(x + i, load<Vf>(x + i) + load<Vf>(y + i) * factor);
-  for (; i < n; ++i) x[i] += y[i] * factor;
+// x^T y, over n floats, whole vectors: in double, but for the few that a lane adds up at a time.
+inline double dot(const float* x, const float* y, int64_t n) {
+  constexpr int64_t kRun = 16 * kLanes;
+  double sum = 0;
+  for (int64_t from = 0; from < n; from += kRun) {
+    Vf run = {};
+    for (int64_t i = from; i < smaller(from + kRun, n); i += kLanes)
+      run += load<Vf>(x + i) * load<Vf>(y + i);
+    sum += reduce_add(run);
+  }
+  return sum;
 }
 
-// Scratch of a thread.
-struct BipartitionPlan {
-  int64_t padded;  // tokens, rounded up to whole vectors
-  bool stored;     // the matrix is
+inline void add_times(float* x, const float* y, double factor, int64_t n) {
+  const Vf f = splat(static_cast<float>(factor));
+  for (int64_t i = 0; i < n; i += kLanes) store(x + i, load<Vf>(x + i) + load<Vf>(y + i) * f);
+}
 
-  explicit BipartitionPlan(const BipartitionArgs& a)
-      : padded(round_up(larger<int64_t>(a.tokens, 1), kLanes)), stored(a.tokens <= kStoredTokens) {}
+inline void scale_by(float* x, double factor, int64_t n) {
+  const Vf f = splat(static_cast<float>(factor));
+  for (int64_t i = 0; i < n; i += kLanes) store(x + i, load<Vf>(x + i) * f);
+}
 
-  int64_t size(const BipartitionArgs& a) const {
-    const int64_t packed = stored ? padded * padded + (padded + kTileRows) * a.width : 0;
-    return packed + kVectors * a.width + (3 * kVectors + 4) * padded;
-  }
-};
+// Floats of scratch that CutMatrix takes. A vector is `padded` floats long, tokens rounded up.
+inline int64_t padded_tokens(int64_t tokens) {
+  return round_up(larger<int64_t>(tokens, 1), kLanes);
+}
+inline int64_t cut_matrix_size(const BipartitionArgs& a) {
+  return (kPair + 4) * padded_tokens(a.tokens) + kPair * a.width;
+}
 
 template <class T>
 class CutMatrix {
  public:
-  CutMatrix(const BipartitionArgs& args, const BipartitionPlan& plan, int64_t sample,
-            float* scratch)
+  CutMatrix(const BipartitionArgs& args, int64_t sample, float* scratch)
       : a(args),
-        plan(plan),
         b(sample),
         rows(static_cast<const T*>(args.embeddings) + sample * args.strides[0]),
-        scale(take(&scratch, plan.padded)),
-        root(take(&scratch, plan.padded)),
-        trivial(take(&scratch, plan.padded)),
+        padded(padded_tokens(args.tokens)),
+        scale(scratch),
+        root(scale + padded),
+        trivial(root + padded),
         tokens(args.padding == nullptr ? nullptr : args.padding + sample * args.tokens, args.tokens,
-               reinterpret_cast<int32_t*>(take(&scratch, plan.padded))),
+               reinterpret_cast<int32_t*>(trivial + padded)),
         n(tokens.count),
-        vectors(take(&scratch, kVectors * plan.padded)),
-        products(take(&scratch, kVectors * plan.padded)),
-        before(take(&scratch, kVectors * plan.padded)),
-        along(take(&scratch, kVectors * args.width)),
-        matrix(scratch) {}
+        rooted(trivial + 2 * padded),
+        along(rooted + kPair * padded) {}
 
  protected:
   const BipartitionArgs& a;
-  const BipartitionPlan& plan;
   const int64_t b;
   const T* const rows;
+  const int64_t padded;
   float* const scale;    // one over the length of each row, 0 for a zero row
   float* const root;     // one over the square root of its degree
   float* const trivial;  // the first eigenvector
   const ValidTokens tokens;
   const int64_t n;
-  float* const vectors;   // [vector][valid token]
-  float* const products;  // of the matrix with them
-  float* const before;    // the vectors that a polynomial begins with
-  float* const along;     // x^T v, [vector][feature]
-  float* const matrix;    // of cosines, and packed rows behind it
-  bool filled = false;    // the matrix is
-  bool extreme = false;   // a row is so long or short that floats may not hold its products
+  float* const rooted;   // vectors times root
+  float* const along;    // x^T v, [vector][feature]
+  bool extreme = false;  // a row is so long or short that floats may not hold its products
 
   bool cut() const { return a.method == kNcut; }
 
-  // False: an embedding is not finite.
-  bool find_scales() {
-    for (int64_t i = 0; i < n; ++i) {
-      const RowScale found = row_scale(row(i), a.width);
-      if (found.factor != found.factor) return false;
-      extreme = extreme || found.extreme;
-      scale[i] = static_cast<float>(found.factor);
+  // For a cut the matrix is (1 + cosine) / 2 between roots of the degrees, else cosine / n. False:
+  // an embedding is not finite. All that lies behind the last token is 0 from here on.
+  bool find_degrees() {
+    for (int64_t i = 0; i < padded; ++i) {
+      rooted[i] = i < n ? 1.0f : 0.0f;
+      root[i] = trivial[i] = 0;
     }
-    return true;
-  }
-
-  // matrix[i][j] = cosine of rows i and j.
-  void fill_matrix() {
-    float* const panels = matrix + plan.padded * plan.padded;
-    float* const group_rows = panels + plan.padded * a.width;
-    for (int64_t p = 0; p < n; p += kLanes) {
-      float* const panel = panels + p * a.width;
-      const int64_t count = smaller<int64_t>(kLanes, n - p);
-      pack_keys(rows, a.strides[1], 1, a.width, tokens.index, p, count, panel);
-      Vf factor = {};
-      for (int64_t i = 0; i < count; ++i) factor[i] = scale[p + i];
-      for (int64_t d = 0; d < a.width * kLanes; d += kLanes)
-        store(panel + d, load<Vf>(panel + d) * factor);
-    }
-    Ahead nothing = {};
-    const Range all = {0, n};
-    for (int64_t g = 0; g < row_groups(all); ++g) {
-      const Range group = row_group(all, g);
-      const int64_t count = group.end - group.begin, first = group.begin / kLanes;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t r = group.begin + i;
-        const float* from = panels + r / kLanes * kLanes * a.width + r % kLanes;
-        for (int64_t d = 0; d < a.width; ++d) group_rows[d * count + i] = from[d * kLanes];
+    for (int64_t d = 0; d < a.width; ++d) along[d] = 0;
+    for (int64_t i = 0; i < n; i += kRowsAtOnce) {
+      bool any_extreme = false;
+      for (int64_t k = i; k < smaller(i + kRowsAtOnce, n); ++k) {
+        const RowScale found = row_scale(row(k), a.width);
+        if (found.factor != found.factor) return false;
+        any_extreme = any_extreme || found.extreme;
+        scale[k] = static_cast<float>(found.factor);
       }
-      float most[kTileRows];
-      logits_any(count, group_rows, panels + first * kLanes * a.width, a.width,
-                 plan.padded / kLanes - first, matrix + group.begin * plan.padded + first * kLanes,
-                 plan.padded, most, &nothing, 0);
+      if (any_extreme) add_rows_along<1, true>(i);
+      else add_rows_along<1, false>(i);
+      extreme = extreme || any_extreme;
     }
+    float* const cosines = trivial;
+    if (extreme) multiply_along<1, true>(cosines);
+    else multiply_along<1, false>(cosines);
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < i; ++j) matrix[i * plan.padded + j] = matrix[j * plan.padded + i];
-      for (int64_t j = n; j < plan.padded; ++j) matrix[i * plan.padded + j] = 0.0f;
-    }
-    filled = true;
-  }
-
-  // For a cut the matrix is (1 + cosine) / 2 between roots of the degrees, else cosine / n.
-  void find_degrees() {
-    for (int64_t i = 0; i < n; ++i) vectors[i] = 1.0f;
-    apply_cosine(1);
-    for (int64_t i = 0; i < n; ++i) {
-      const double degree = (n + static_cast<double>(products[i])) / 2;
+      const double degree = (n + static_cast<double>(cosines[i])) / 2;
       // the degree of a zero row is n / 2, and that of none is 0
       root[i] = cut()
                     ? static_cast<float>(1 / __builtin_sqrt(degree > 1e-6 * n ? degree : 1e-6 * n))
                     : 1.0f;
       trivial[i] = 1 / root[i];
     }
-    const float length = static_cast<float>(1 / __builtin_sqrt(dot(trivial, trivial, n)));
-    for (int64_t i = 0; i < n; ++i) trivial[i] *= length;
+    scale_by(trivial, 1 / __builtin_sqrt(dot(trivial, trivial, padded)), padded);
+    return true;
   }
 
-  // products = matrix vectors, both orthogonal to the trivial vector.
-  void multiply(int size) {
-    float sums[kVectors];
-    for (int j = 0; j < size; ++j) {
-      float* v = vectors + j * plan.padded;
-      double sum = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        v[i] *= root[i];
-        sum += v[i];
+  // products = matrix vectors, of a pair; both are orthogonal to the trivial vector.
+  void multiply(const float* vectors, float* products) {
+    float sums[kPair];
+    for (int j = 0; j < kPair; ++j) {
+      Vf sum = {};
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const Vf v = load<Vf>(vectors + j * padded + i) * load<Vf>(root + i);
+        store(rooted + j * padded + i, v);
+        sum += v;
       }
-      sums[j] = static_cast<float>(sum);
+      sums[j] = cut() ? reduce_add(sum) : 0.0f;
     }
-    apply_cosine(size);
-    for (int j = 0; j < size; ++j) {
-      float *v = vectors + j * plan.padded, *y = products + j * plan.padded;
-      for (int64_t i = 0; i < n; ++i) {
-        y[i] = cut() ? (sums[j] + y[i]) * 0.5f * root[i] : y[i] / static_cast<float>(n);
-        v[i] /= root[i];
-      }
-      add_times(y, trivial, static_cast<float>(-dot(y, trivial, n)), n);
+    for (int64_t d = 0; d < kPair * a.width; ++d) along[d] = 0;
+    if (extreme) {
+      for (int64_t i = 0; i < n; i += kRowsAtOnce) add_rows_along<kPair, true>(i);
+      multiply_along<kPair, true>(products);
+    } else {
+      for (int64_t i = 0; i < n; i += kRowsAtOnce) add_rows_along<kPair, false>(i);
+      multiply_along<kPair, false>(products);
+    }
+    const float factor = cut() ? 0.5f : 1 / static_cast<float>(n);
+    for (int j = 0; j < kPair; ++j) {
+      float* const y = products + j * padded;
+      for (int64_t i = 0; i < padded; i += kLanes)
+        store(y + i, (load<Vf>(y + i) + sums[j]) * factor * load<Vf>(root + i));
+      add_times(y, trivial, -dot(y, trivial, padded), padded);
     }
   }
 
  private:
-  // products = cosines of all rows, times vectors.
-  void apply_cosine(int size) {
-    if (filled) multiply_matrix(size);
-    else if (extreme) multiply_rows<kVectors, true>();
-    else if (size == 1) multiply_rows<1, false>();
-    else multiply_rows<kVectors, false>();
-  }
-
-  void multiply_matrix(int size) {
-    for (int64_t i = 0; i < plan.padded; i += kLanes) {
-      Vf sum[kVectors] = {};
-      const float* column = matrix + i;  // it is symmetric: a row of it
-      for (int64_t k = 0; k < n; ++k) {
-        const Vf m = load<Vf>(column + k * plan.padded);
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[j] += splat(vectors[j * plan.padded + k]) * m;
-      }
-      for (int j = 0; j < size; ++j) store(products + j * plan.padded + i, sum[j]);
-    }
-  }
-
-  // x (x^T v), of kCount vectors; those behind the last one count for nothing. kExtreme: rows are
-  // brought to length 1 as they are read, else what is made of them is.
-  template <int kCount, bool kExtreme>
-  void multiply_rows() {
-    for (int64_t d = 0; d < kCount * a.width; ++d) along[d] = 0.0f;
-    for (int64_t i = 0; i < n; i += kRowsAtOnce) add_rows_along<kCount, kExtreme>(i);
-    for (int64_t i = 0; i < n; i += kRowsAtOnce) multiply_along<kCount, kExtreme>(i);
-  }
-
   // Rows from i on; those behind the last repeat it.
   template <bool kExtreme>
   struct Rows {
@@ -222,7 +170,7 @@ class CutMatrix {
     float factor[kRowsAtOnce][kCount];
     for (int k = 0; k < kRowsAtOnce; ++k)
       for (int j = 0; j < kCount; ++j)
-        factor[k][j] = i + k < n ? vectors[j * plan.padded + i + k] * x.factor(k) : 0.0f;
+        factor[k][j] = i + k < n ? rooted[j * padded + i + k] * x.factor(k) : 0.0f;
     int64_t d = 0;
     for (; d + kLanes <= a.width; d += kLanes) {
       Vf v[kRowsAtOnce];
@@ -244,7 +192,13 @@ class CutMatrix {
   }
 
   template <int kCount, bool kExtreme>
-  void multiply_along(int64_t i) {
+  void multiply_along(float* products) {
+    for (int64_t i = 0; i < n; i += kRowsAtOnce) multiply_along<kCount, kExtreme>(i, products);
+    for (int j = 0; j < kCount; ++j)
+      for (int64_t i = n; i < padded; ++i) products[j * padded + i] = 0;
+  }
+  template <int kCount, bool kExtreme>
+  void multiply_along(int64_t i, float* products) {
     const auto x = rows_from<kExtreme>(i);
     Vf sum[kRowsAtOnce][kCount] = {};
     float rest[kRowsAtOnce][kCount] = {};
@@ -265,14 +219,9 @@ class CutMatrix {
         for (int j = 0; j < kCount; ++j) rest[k][j] += along[j * a.width + d] * x.feature(k, d);
     for (int k = 0; k < kRowsAtOnce && i + k < n; ++k)
       for (int j = 0; j < kCount; ++j)
-        products[j * plan.padded + i + k] = (reduce_add(sum[k][j]) + rest[k][j]) * x.factor(k);
+        products[j * padded + i + k] = (reduce_add(sum[k][j]) + rest[k][j]) * x.factor(k);
   }
 
-  static float* take(float** from, int64_t count) {
-    float* taken = *from;
-    *from += count;
-    return taken;
-  }
   const T* row(int64_t i) const {
     return rows + (tokens.index == nullptr ? i : tokens.index[i]) * a.strides[1];
   }

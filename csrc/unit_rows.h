@@ -1,19 +1,10 @@
-// Rows as vectors of length 1: the factor that makes them so, and what adds up floats in doubles.
+// Rows as vectors of length 1: the factor that makes them so.
 #pragma once
 #include "cpu/vec.h"
 #include "cut_rules.h"
 
 namespace sma {
 namespace SMA_ISA {
-
-// x^T y in double, over n floats.
-inline double dot(const float* x, const float* y, int64_t n) {
-  double sum = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum += reduce_add(load<Vf>(x + i) * load<Vf>(y + i));
-  for (; i < n; ++i) sum += static_cast<double>(x[i]) * y[i];
-  return sum;
-}
 
 template <class T>
 float squares(const T* x, int64_t width) {

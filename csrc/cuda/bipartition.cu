@@ -1,5 +1,7 @@
-// bipartition on a GPU: a block, or a cluster of blocks, cuts a sample in two, as
-// csrc/bipartition.h does.
+// bipartition on a GPU: a block, or a cluster of blocks, cuts a sample in two, by the rules of
+// cut_rules.h: four vectors are multiplied with the similarities again and again, made orthogonal
+// to the trivial vector and to each other, and turned to the eigenvectors between them (subspace
+// iteration with Rayleigh-Ritz).
 //
 // The embeddings of a sample are read once where the shared memory of a cluster's blocks holds
 // them: each block keeps as many of the features, and all do the same with the vectors. Elsewhere

@@ -6,6 +6,8 @@
 namespace sma {
 namespace cuda {
 
+constexpr int kVectors = 4;
+
 // As small_eigen does, but for what takes long in double: the angle of a rotation, which is only to
 // be near, is found in float, and the rotation is one in double all the same. Rotations of
 // different rows go together, as none waits for the other; what is left beside the diagonal is far
