@@ -1,10 +1,10 @@
 """Masks of pictures compared: `python -m bench.pictures --data ../shared/data --out pictures-out`.
 
 Pretrains masked autoencoders on the train pictures with random, AttMask and self-guided masks, the
-last ones also with scores kept for some epochs, with equal budgets and several seeds, through
-`sma_fast.training.run`. Of checkpoints along the way, and of no training, a linear probe and k-NN
-read the classes of the test pictures from the mean of the patch embeddings. Figures: curves over
-epochs; pictures with similarity, cut, score, informed mask, hints and reconstruction.
+last ones also with scores kept for some epochs and with few hints, with equal budgets and several
+seeds, through `sma_fast.training.run`. Of checkpoints along the way, and of no training, a linear
+probe and k-NN read the classes of the test pictures from the mean of the patch embeddings. Figures:
+curves over epochs; pictures with similarity, cut, score, informed mask, hints and reconstruction.
 
 Runs that are done are kept in the folder and not repeated. `--scale full` is ViT-tiny of 224 px for
 a GPU; each run resizes its pictures on a core of its own, so `--jobs 4` there, if there are cores.
@@ -22,9 +22,13 @@ from typing import Any, NamedTuple
 
 from bench import runs
 
-# selfmae whose scores are kept for five epochs, which saves most of its unmasked forwards
-KEPT = {"selfmae-kept": ("selfmae", {"table": "scores.bin"})}
-MASKS = ("random", "attmask", "selfmae", *KEPT)
+# selfmae with scores kept for five epochs, which saves most of its unmasked forwards, and with
+# masks that follow the rank from a quarter of training on, but for a tenth of hints
+VARIANTS = {
+    "selfmae-kept": ("selfmae", {"table": "scores.bin"}),
+    "selfmae-informed": ("selfmae", {"initial_hints": 0.1}),
+}
+MASKS = ("random", "attmask", "selfmae", *VARIANTS)
 PIXELS = 32  # height and width of the pictures
 VALIDATION = 0.02  # of the 10,000 train pictures
 TRAINED = 9800  # the others
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--masks",
         nargs="+",
         default=MASKS,
-        help=f"of sma-fast pretrain --model mae, and {', '.join(KEPT)}",
+        help=f"of sma-fast pretrain --model mae, and {', '.join(VARIANTS)}",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of every run, to try the command out")
@@ -154,6 +158,7 @@ def _run(job: tuple[str, int], options: argparse.Namespace) -> None:
     results = json.loads((folder / "results.json").read_text())
     in_epoch = results["steps"] / options.chosen.epochs
     kept = {name: results[name] for name in ("steps", "seconds", "parameters")}
+    kept["random_masks"] = results.get("random_masks")  # None but with selfmae
     kept["loss"] = results["validation"][-1]["loss"]
     pictures = pictures_probe.Pictures(options.zip, folder, options.pictures)
     found = pictures_probe.probes(folder, seed, pictures)
@@ -166,7 +171,7 @@ def _pretrain(mask: str, seed: int, options: argparse.Namespace) -> None:
     from sma_fast.training.options import DataOptions, TrainOptions
 
     scale = options.chosen
-    policy, masking = KEPT.get(mask, (mask, {}))
+    policy, masking = VARIANTS.get(mask, (mask, {}))
     in_epoch = (options.pictures or TRAINED) // scale.batch_size
     train = TrainOptions(
         out=_folder(options, mask, seed),
@@ -206,6 +211,7 @@ def summarise(options: argparse.Namespace) -> dict:
             "parameters": found[0]["parameters"],
             "seconds": of([r["seconds"] for r in found]),
             "loss": of([r["loss"] for r in found]),
+            "random_masks": [r["random_masks"] for r in found],
             "probes": [
                 {
                     "epoch": entries[0]["epoch"],

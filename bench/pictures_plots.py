@@ -16,6 +16,7 @@ COLOURS = {
     "attmask": "#4f9d57",
     "selfmae": "#c8502d",
     "selfmae-kept": "#c9a227",
+    "selfmae-informed": "#7b4fa3",
 }
 
 

@@ -1,5 +1,7 @@
 """SelfMAEMasking: when masks are informed, what they hide, and scores that outlast a step."""
 
+import math
+
 import pytest
 import torch
 
@@ -84,6 +86,22 @@ def test_equal_patches_give_a_random_mask(model) -> None:
     blind.encoder.positions.zero_()
     mask = policy(blind, equal, 1.0, torch.Generator().manual_seed(0)).mask
     assert len({tuple(row) for row in mask.tolist()}) > 20
+
+
+def test_how_many_masks_are_random(model) -> None:
+    policy = SelfMAEMasking(start=0.5, initial_hints=0.1)
+    assert math.isnan(policy.share_at_random())
+    policy(model, pictures(6), 0.4)
+    assert policy.share_at_random() == 1.0
+    policy(model, pictures(6), 0.6)
+    assert policy.share_at_random() == 0.0
+    model.encoder.positions.zero_()
+    some = pictures(6)
+    some[:2] = 0  # nothing to cut
+    policy(model, some, 1.0)
+    policy(model, pictures(2), 1.0)
+    assert policy.share_at_random() == 2 / 8
+    assert math.isnan(policy.share_at_random())
 
 
 def test_no_gradient_and_no_draws_beside_its_own(model) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -178,7 +179,7 @@ def test_how_many_masks_follow_the_rank() -> None:
     assert shares[0] < shares[3] < shares[-1]
 
 
-def test_kept_scores_are_selfmae_s_with_a_table(
+def test_the_variants_are_selfmae_with_other_arguments(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -187,7 +188,9 @@ def test_kept_scores_are_selfmae_s_with_a_table(
         out=tmp_path, zip=data / "x.zip", chosen=pictures.SCALES["small"], pictures=None
     )
     pictures._pretrain("selfmae-kept", 0, options)
-    (train,) = asked
+    pictures._pretrain("selfmae-informed", 0, options)
+    train, informed = asked
+    assert informed.mask == "selfmae" and informed.masking == {"initial_hints": 0.1}
     policy = mae_policy(train.mask, train.config(), train.masking, train.out)
     assert isinstance(policy, SelfMAEMasking) and policy.refresh == 5
     assert Path(policy.table) == tmp_path / "selfmae-kept-0" / "scores.bin"
@@ -214,7 +217,7 @@ def test_the_figure_draws_what_training_does_half_way(
     model = MAEForPretraining(MAEConfig.preset("mae-32", **pictures.SCALES["small"].model))
     pictures_plots.masks(tmp_path / "masks.png", model.eval(), torch.rand(2, 3, 32, 32))
     ((drawn, progress),) = asked
-    assert vars(drawn) == vars(SelfMAEMasking()) and progress == 0.5
+    assert dataclasses.asdict(drawn) == dataclasses.asdict(SelfMAEMasking()) and progress == 0.5
 
 
 def test_a_failed_run_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

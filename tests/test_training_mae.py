@@ -91,6 +91,7 @@ def test_every_mask_trains(
     assert results == json.loads((out / "results.json").read_text())
     assert results["steps"] == 2 and np.isfinite(results["loss"])
     assert len(results["validation"]) == 2
+    assert ("random_masks" in results) == (mask == "selfmae")
     model = MAEForPretraining.from_pretrained(out)
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
     assert (out / "policy.safetensors").exists() == (mask == "hpm")
@@ -108,6 +109,7 @@ def test_the_command_end_to_end(place: Path, tmp_path: Path) -> None:
     assert ended.results["steps"] == 4 and "pretraining, selfmae masks" in ended.err
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "data.json", "run.json", "results.json"} <= files
+    assert 0 <= ended.results["random_masks"] <= 1
     again = Run([*arguments, "--resume"], place).end()
     assert again.results == ended.results
 

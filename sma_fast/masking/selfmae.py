@@ -111,6 +111,16 @@ class SelfMAEMasking:
         if self.table is not None and self.pictures is None:
             raise ValueError("pictures: got None beside a table, allowed is how many there are")
         self._opened: ScoreTable | None = None
+        self._masked, self._at_random = 0, torch.tensor(0)
+
+    def share_at_random(self) -> float:
+        """Returns the share of the masks since this was last asked that are random ones.
+
+        Of all pictures before `start`, later of those that were not cut. NaN where there are none.
+        """
+        masked, at_random = self._masked, int(self._at_random)
+        self._masked, self._at_random = 0, torch.tensor(0)
+        return at_random / masked if masked else math.nan
 
     def hints(self, progress: float) -> float:
         """Returns the share of the visible patches that are hints.
@@ -172,7 +182,9 @@ class SelfMAEMasking:
             "score": False,
             "rest": round((1 - share) * number) == 0,
         }[self.hints_by]
+        self._masked += len(pixels)
         if all_drawn or self._waits(progress):
+            self._at_random = self._at_random + len(pixels)
             return RandomMasking(self.mask_ratio)(model, pixels, generator=generator)
         if self.table is None:
             scores = self.scores(model, pixels)
@@ -180,6 +192,7 @@ class SelfMAEMasking:
             scores = self._kept_scores(model, pixels, index, epoch, view, whole)
         # nothing was cut: all scores are 0, and the mask is a random one
         nothing = (scores == 0).all(dim=1, keepdim=True)
+        self._at_random = self._at_random + nothing.sum()  # stays on the device until it is asked
         scores = torch.where(nothing, _draws.rand(scores.shape, generator, scores.device), scores)
         if self.hints_by == "random":
             pool = (number + hints) / patches

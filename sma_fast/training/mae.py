@@ -106,6 +106,11 @@ class MAETraining(nn.Module):
             number = attention_mask.any(1).sum()
         return number * count_masked(self.config.num_patches, self.config.mask_ratio)
 
+    def to_log(self) -> dict[str, float]:
+        """Returns what a log entry holds beside the loss: of selfmae, how many masks are random."""
+        asked = getattr(self.policy, "share_at_random", None)
+        return {} if asked is None else {"random_masks": asked()}
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
         """Computes activations again in the backward pass, from now on."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)

@@ -379,6 +379,7 @@ def _train(
         return json.loads((options.out / _RESULTS).read_text())
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
+    at_random = [entry["random_masks"] for entry in history if "random_masks" in entry]
     validation = [
         {"step": entry["step"], **_losses(entry)} for entry in history if "eval_loss" in entry
     ]
@@ -389,6 +390,7 @@ def _train(
         "tokens_per_second": trainer.speed.tokens_per_second,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "loss": losses[-1] if losses else None,
+        **({"random_masks": at_random[-1]} if at_random else {}),
         "validation": validation,
         "best_step": trainer.state.best_global_step,
         **on_test(),

@@ -123,6 +123,11 @@ class SMATrainer(Trainer):
     def _get_num_items_in_batch(self, *_: object) -> None:
         return None  # counted above
 
+    def log(self, logs: dict[str, float], *arguments: object, **named: object) -> None:
+        if "loss" in logs:
+            logs = logs | getattr(self.unwrapped, "to_log", dict)()
+        super().log(logs, *arguments, **named)
+
     def training_step(self, model: nn.Module, inputs: dict, *arguments: object) -> torch.Tensor:
         step = self.state.global_step
         number = self._batch[1] if self._batch[0] == step else 0
