@@ -246,6 +246,7 @@ def table(summary: dict) -> str:
 def _draw(options: argparse.Namespace, summary: dict) -> None:
     from bench import pictures_plots, pictures_probe
     from sma_fast.models import MAEForPretraining
+    from sma_fast.training import show_mae
     from sma_fast.training.pretrained import load_model
 
     pictures_plots.curves(options.out / "curves.png", summary)
@@ -255,7 +256,8 @@ def _draw(options: argparse.Namespace, summary: dict) -> None:
         test = pictures.is_test.nonzero()[0]
         pixels = pictures.pixels(test[:: max(1, len(test) // 8)][:8])
         model = load_model(folder, MAEForPretraining).eval()
-        pictures_plots.masks(options.out / "masks.png", model, pixels)
+        colours = show_mae.colours_of(pictures.inputs)
+        pictures_plots.masks(options.out / "masks.png", model, pixels, colours)
         shares = pictures_probe.shares_by_rank(model, pictures.pixels(test[:400]))
         summary["by_rank"] = shares
         print(

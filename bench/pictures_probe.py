@@ -34,6 +34,7 @@ class Pictures:
         limit: use this many of each part, evenly spread. Default: all.
 
     Attributes:
+        inputs: the encoding.
         labels: (pictures,) names of the classes.
         is_test: (pictures,) bool.
     """
@@ -44,7 +45,7 @@ class Pictures:
         parts = [np.flatnonzero(is_test), np.flatnonzero(~is_test)]
         if limit:
             parts = [part[:: -(-len(part) // limit)] for part in parts]
-        self._examples, self._size = Examples(rows, inputs), inputs.size
+        self.inputs, self._examples = inputs, Examples(rows, inputs)
         self._rows = np.concatenate(parts)
         self.labels, self.is_test = np.asarray(rows["label"])[self._rows], is_test[self._rows]
 
@@ -56,7 +57,7 @@ class Pictures:
         """
         samples = self._examples.__getitems__(self._rows[list(which)].tolist())
         pixels = torch.from_numpy(np.stack([sample["inputs"] for sample in samples]))
-        return pixels.unflatten(1, self._size).permute(0, 3, 1, 2).contiguous()
+        return pixels.unflatten(1, self.inputs.size).permute(0, 3, 1, 2).contiguous()
 
     def batches(self) -> Iterator[Tensor]:
         """Returns the pixels of all pictures in order, some at a time: all of 224 px are 7 GB."""

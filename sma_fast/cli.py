@@ -141,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "show",
         help="draw what a pretrained model masks, and why",
         description="Draws for a few rows the attention each token receives, which tokens are "
-        "masked, and what the model predicts there against the truth.",
+        "masked, and what the model predicts there against the truth; for a masked autoencoder "
+        "what its masks go by, the masks, and the reconstruction.",
     )
     show.add_argument("checkpoint", type=Path, help="a folder that sma-fast pretrain wrote")
     _data_arguments(show, named)

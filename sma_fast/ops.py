@@ -603,8 +603,9 @@ def bipartition(
     for a thousandth. A patch is labelled True where the vector is above 0, which is its mean
     weighted by the degrees (above a ten-thousandth of that entry, as rounding decides what is 0).
     A zero embedding, or one shorter than a normal number, has cosine 0 with every other and itself.
-    Where there is nothing to cut (one patch, equal embeddings) vector, labels and `converged` are
-    0.
+    Where there is nothing to cut (one patch; embeddings that are equal, or so nearly that the
+    share they differ by, 1 - eigenvalue of "ncut" and the eigenvalue of "pca", is at most 1e-6)
+    vector, labels and `converged` are 0.
 
     Args:
         embeddings: (B, N, C), N at least 1, float32, bfloat16, float16 or float64; finite where

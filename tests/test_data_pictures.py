@@ -159,6 +159,10 @@ def test_nothing_and_broken_zips(where, tmp_path):
     with pytest.raises(DataError, match="got no pictures"):
         load(where, cache=tmp_path / "cache")
     (tmp_path / "cut.zip").write_bytes(make(tmp_path / "b.zip", LAYOUT).read_bytes()[:-40])
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "inner.zip").write_bytes(b"")
+    with pytest.raises(DataError, match=r"outer: got no pictures .*but inner\.zip: name that"):
+        load(tmp_path / "outer", cache=tmp_path / "cache")
     with pytest.raises(DataError, match=r"cut\.zip: got no whole zip file"):
         load(tmp_path / "cut.zip", cache=tmp_path / "cache")
 

@@ -366,6 +366,8 @@ def test_saved_and_loaded_again(encoder: str, shared: bool, tmp_path: Path) -> N
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
 
     prediction = SMAForPrediction.from_pretraining(model, num_labels=7)
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: sma_fast" in card and "pushed" not in card
     prediction.save_pretrained(tmp_path / "prediction")
     again = SMAForPrediction.from_pretrained(tmp_path / "prediction")
     assert again.config == prediction.config

@@ -215,7 +215,10 @@ def test_the_figure_draws_what_training_does_half_way(
 
     monkeypatch.setattr(SelfMAEMasking, "__call__", call)
     model = MAEForPretraining(MAEConfig.preset("mae-32", **pictures.SCALES["small"].model))
-    pictures_plots.masks(tmp_path / "masks.png", model.eval(), torch.rand(2, 3, 32, 32))
+    pixels = torch.rand(2, 3, 32, 32)
+    pictures_plots.masks(
+        tmp_path / "masks.png", model.eval(), pixels, lambda x: x.permute(0, 2, 3, 1).numpy()
+    )
     ((drawn, progress),) = asked
     assert dataclasses.asdict(drawn) == dataclasses.asdict(SelfMAEMasking()) and progress == 0.5
 

@@ -16,10 +16,11 @@ from test_cli import refused
 from test_training import pair
 
 from sma_fast import _draws, cli
-from sma_fast.masking import SelfMAEMasking
+from sma_fast.masking import SelfMAEMasking, picture_policy
 from sma_fast.masking.random import RandomMasking
 from sma_fast.masking.score_table import ScoreTable
 from sma_fast.models import MAEConfig, MAEForPretraining
+from sma_fast.training import show_mae
 from sma_fast.training.data import ByIndex
 from sma_fast.training.mae import MAETraining, augmented
 from sma_fast.training.mae_presets import AUGMENTATIONS, MAE_PRESETS, MASKS, mae_policy
@@ -99,6 +100,44 @@ def test_every_mask_trains(
     capsys.readouterr()
     assert call(evaluated) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"loss"}
+    shown = ["show", out, place / "pictures", "--cache", place / "cache", "--row", 3, 1]
+    assert call([*shown, "--out", tmp_path / "masks.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", loss ")[0] for line in lines[:2]] == [
+        f"row {i} ({place.name}/pictures/{i - 1:02}.png): 16 tokens, 12 masked" for i in (3, 1)
+    ]
+    width, height = Image.open(tmp_path / "masks.png").size
+    assert width > 300 and height > 400
+
+
+@pytest.mark.parametrize("mask", ["selfmae", "attmask"])
+def test_what_is_shown_is_what_the_policy_masks(mask: str) -> None:
+    torch.manual_seed(0)
+    model = MAEForPretraining(MAEConfig.preset("mae-32", **SIZES)).eval()
+    pixels = torch.randn(3, 3, 8, 8)
+    policy = picture_policy(mask, model.config)
+    given = torch.Generator().manual_seed(1)
+    expected = policy(model, pixels, 0.9, given).mask
+    found = show_mae.look(
+        *(model, pixels, policy, lambda x: x.permute(0, 2, 3, 1).sigmoid().numpy(), 0.9),
+        torch.Generator().manual_seed(1),
+    )
+    assert (found.mask == expected.numpy()).all() and np.isfinite(found.loss).all()
+    masked = next(panel for panel in found.panels if panel.label.startswith("masked"))
+    black = (masked.images == 0).all(3)[:, ::2, ::2].reshape(3, 16)  # a corner of each patch
+    assert (black == found.mask).all()
+    alone = show_mae.look(model, pixels[:1], policy, lambda x: x.permute(0, 2, 3, 1).numpy(), 0.0)
+    assert len(alone.panels) == len(found.panels)
+
+
+def test_show_needs_to_know_the_masks(place: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert call(pretrain(place, out, "random", "--steps", "2")) == 0
+    alone = shutil.copytree(out / "checkpoint-2", tmp_path / "alone")
+    capsys.readouterr()
+    shown = ["show", alone, place / "pictures", "--cache", place / "cache"]
+    assert call([*shown, "--out", tmp_path / "masks.png"]) == 1
+    assert "no run.json says which masks it was trained with" in capsys.readouterr().err
 
 
 def test_the_command_end_to_end(place: Path, tmp_path: Path) -> None:
@@ -473,9 +512,8 @@ def test_other_commands_say_what_they_take(
     out, source = tmp_path / "out", (place / "pictures", "--cache", place / "cache")
     assert call(pretrain(place, out, "random", "--steps", "1")) == 0
     capsys.readouterr()
-    message = f"{out}: holds a masked autoencoder of pictures"
-    assert message in refused(["show", out, *source, "--out", tmp_path / "a.png"], capsys)
     labelled = ("--label", "y", "--task", "regression", "--out", tmp_path / "fine")
+    message = f"{out}: holds a masked autoencoder of pictures"
     assert message in refused(["finetune", *source, "--from", out, *labelled], capsys)
     (out / "data.json").unlink()
     assert "data.json: is missing" in refused(["evaluate", out, *source], capsys)

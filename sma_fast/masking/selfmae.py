@@ -218,15 +218,24 @@ class SelfMAEMasking:
         """
         with torch.no_grad():
             embeddings = model.embeddings(pixels, self.layer, self.norm)  # (B, N, C)
-            cut = ops.bipartition(
-                embeddings, method=self.method, iterations=self.iterations, tol=self.tol
-            )
-            if self.threshold != "zero":
-                vector = cut.vector  # (B, N)
-                middle = vector.mean(1) if self.threshold == "mean" else vector.median(1).values
-                cut = cut._replace(labels=vector > middle[:, None])
+            cut = self.cut(embeddings)
             scores = ops.informed_scores(embeddings, cut, cluster=self.cluster)
             return scores.masked_fill(~cut.converged[:, None], 0.0)
+
+    def cut(self, embeddings: Tensor) -> ops.Bipartition:
+        """Returns the patches cut in two, labelled by `threshold`.
+
+        Args:
+            embeddings: (B, N, C).
+        """
+        cut = ops.bipartition(
+            embeddings, method=self.method, iterations=self.iterations, tol=self.tol
+        )
+        if self.threshold == "zero":
+            return cut
+        vector = cut.vector  # (B, N)
+        middle = vector.mean(1) if self.threshold == "mean" else vector.median(1).values
+        return cut._replace(labels=vector > middle[:, None])
 
     def _kept_scores(
         self,

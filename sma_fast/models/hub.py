@@ -16,6 +16,9 @@ except ImportError as error:
     class PyTorchModelHubMixin:
         """Takes the place of huggingface_hub's mixin where that is not installed."""
 
+        def __init_subclass__(cls, **_: Any) -> None:
+            super().__init_subclass__()
+
         def save_pretrained(self, *_: Any, **__: Any) -> None:
             raise ImportError(f"save_pretrained: {_REASON}: pip install 'sma_fast[train]'")
 
@@ -28,7 +31,22 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _OF_HUB = {"force_download", "token", "cache_dir", "local_files_only", "revision"}
 
 
-class HubModel(PyTorchModelHubMixin):
+# README.md beside the weights; the mixin's own says that the model was pushed to the hub
+_CARD = """---
+{{ card_data }}
+---
+
+A model of the Python package `sma_fast`, with `config.json` (what it is) and `model.safetensors`
+(its weights). The class of `sma_fast.models` that saved it loads it from this folder, or from its
+name on the Hugging Face hub: `SMAForPretraining`, `SMAForPrediction` or `MAEForPretraining`, as in
+
+    from sma_fast.models import MAEForPretraining
+
+    model = MAEForPretraining.from_pretrained("FOLDER")
+"""
+
+
+class HubModel(PyTorchModelHubMixin, library_name="sma_fast", model_card_template=_CARD):
     """A model with `save_pretrained(folder)` and `from_pretrained(folder or hub name)`.
 
     Loading takes safetensors only, and all of a checkpoint or nothing.

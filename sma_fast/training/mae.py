@@ -140,8 +140,8 @@ class MAETraining(nn.Module):
             ValueError: where another file has the table's name.
         """
         table = getattr(self.policy, "table", None)
-        if table is None or int(os.environ.get("LOCAL_RANK", 0)) > 0:
-            return
+        if table is None or int(os.environ.get("RANK", 0)) > 0:
+            return  # the run has one folder, also over several nodes
         table = Path(table)
         check_table(table)
         table.unlink(missing_ok=True)

@@ -15,18 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sma_fast.models import SMAForPretraining
-from sma_fast.training import show_plots
+from sma_fast.models import MAEForPretraining, SMAForPretraining
+from sma_fast.training import show_mae, show_plots
 from sma_fast.training.checkpoints import CheckpointError
+from sma_fast.training.damaged import WholePictures
 from sma_fast.training.data import ByteSequences, DataError, Examples, Pictures, TableColumns
 from sma_fast.training.data.rows import Rows, arrow
 from sma_fast.training.data.sequences import SPECIAL
-from sma_fast.training.inputs import Encodings, RunError
+from sma_fast.training.inputs import Encodings, RunError, known_inputs, rows_to_read
 from sma_fast.training.options import DataOptions
-from sma_fast.training.pretrained import only_saved, open_pretrained
+from sma_fast.training.pretrained import holds_mae, load_model, only_saved, open_pretrained
+from sma_fast.training.show_mae import Shown
 from sma_fast.training.show_plots import PictureRow, Row, TableRow, TextRow
 
 MOST = 24  # rows of a figure
+_NO_SCORES = {"scores": None, "queries": 0, "drawn": np.zeros(0, np.int64)}
 _SIGNS = {ord(" "): "␣", ord("\t"): "→", ord("\n"): "↵", ord("\r"): "←"}
 
 
@@ -56,9 +59,14 @@ def show(
         ValueError, RunError, DataError, CheckpointError: saying what to do.
     """
     _check_out(out)
-    title, prepared = prepare(folder, data, rows, chosen, seed)
     drawing = io.BytesIO()
-    show_plots.draw(drawing, title, prepared)
+    if holds_mae(folder):
+        _check_choice(rows, chosen, seed)
+        title, shown, prepared = _pictures(folder, data, rows, chosen, seed)
+        show_mae.draw(drawing, shown, title)
+    else:
+        title, prepared = prepare(folder, data, rows, chosen, seed)
+        show_plots.draw(drawing, title, prepared)
     beside = out.with_name(f".{out.name}.{os.getpid()}")  # a full disk leaves no half picture
     try:
         beside.write_bytes(drawing.getvalue())
@@ -102,6 +110,29 @@ def prepare(
     masking = model.config.masking
     how = f"{folder.absolute().name}: {masking.mask} masks, {masking.mask_ratio:.0%} of the tokens"
     return how, [_row(model, inputs, examples, table, number, seed) for number in numbers]
+
+
+def _pictures(
+    folder: Path, data: DataOptions, rows: int, chosen: Sequence[int] | None, seed: int
+) -> tuple[str, Shown, list[Row]]:
+    # of a masked autoencoder
+    model = load_model(folder, MAEForPretraining).eval()
+    mask, policy = show_mae.policy_of(folder, model)
+    inputs = known_inputs(Encodings.read(folder).inputs, data, "input")
+    dataset = rows_to_read(data, WholePictures(data))
+    numbers = _numbers(len(dataset), rows, chosen, seed)
+    examples, table = Examples(dataset, inputs), arrow(dataset, inputs.columns)
+    colours, parts, found = show_mae.colours_of(inputs), [], []
+    for number in numbers:
+        pixels = torch.from_numpy(np.asarray(examples[number - 1]["inputs"]))[None]
+        pixels = pixels.unflatten(1, inputs.size).permute(0, 3, 1, 2).contiguous()
+        part = show_mae.look(model, pixels, policy, colours, 1.0, _generator(seed, number))
+        place = _place(Rows(table[[number - 1]], table.features), inputs)
+        loss = float(part.loss[0]) if part.mask.any() else None
+        found.append(Row(number=number, place=place, mask=part.mask[0], loss=loss, **_NO_SCORES))
+        parts.append(part)
+    ratio = f"{model.config.mask_ratio:.0%} of the patches"
+    return f"{folder.absolute().name}: {mask} masks, {ratio}", show_mae.joined(parts), found
 
 
 def line(row: Row) -> str:

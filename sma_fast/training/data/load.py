@@ -208,7 +208,12 @@ def _tables(files, kinds, readers) -> Iterator[tuple[int, pa.Table]]:
             yield place, table
         if not rows:
             what = "pictures" if kind == "pictures" else "rows"
-            why = "the folder holds none" if path.is_dir() else "empty, or a header only"
+            why = "empty, or a header only"
+            if path.is_dir():
+                archive = next(iter(sorted(path.glob("*.zip"))), None)
+                why = "the folder holds none" + (
+                    f", but {archive.name}: name that" if archive else ""
+                )
             raise DataError(
                 f"{path}: got no {what} ({why}), allowed is at least 1 of {kind}; give another "
                 "one, or the format (--format) if it holds something else"
