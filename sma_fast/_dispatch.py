@@ -159,6 +159,11 @@ if os.environ.get("SMA_FAST_BACKEND"):
     _forced = _check_backend(os.environ["SMA_FAST_BACKEND"], "SMA_FAST_BACKEND")
 
 
+def forced() -> str | None:
+    """Returns the backend that `use_backend` or SMA_FAST_BACKEND forces, None where none is."""
+    return _forced
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Forces one backend inside the `with` block, for the whole process.

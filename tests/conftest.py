@@ -40,6 +40,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("sma_fast")
 
+# for what is tested in all types elsewhere: Triton's interpreter takes float32 only
+FLOAT32_IF_INTERPRETED = [NATIVE_DTYPES[0]] + [
+    pytest.param(dtype, marks=pytest.mark.not_interpreted) for dtype in NATIVE_DTYPES[1:]
+]
 OUTCOME = pytest.StashKey[str]()  # of a test's body: "passed", "failed" or "skipped"
 # a machine for kernels alone need not have the [train] extra
 MISSING_TO_TRAIN = [

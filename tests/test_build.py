@@ -54,7 +54,11 @@ def unpacked(sdist, tmp_path_factory) -> Path:
 
 
 def test_wheel_from_the_sdist_alone(unpacked, tmp_path):
-    log = build(tmp_path, unpacked, "--wheel")
+    quick = tmp_path / "c++"  # what is installed was optimised already: here the files count
+    quick.write_text('#!/bin/sh\nexec ${SMA_FAST_TEST_CXX:-c++} "$@" -O0\n')
+    quick.chmod(0o755)
+    compilers = {"CXX": str(quick), "SMA_FAST_TEST_CXX": os.environ.get("CXX", "c++")}
+    log = build(tmp_path, unpacked, "--wheel", **compilers)
     assert "torch" not in log.lower().replace("pytorch", "")  # nothing asked for it
     names = names_in(next(tmp_path.glob("*.whl")))
     assert any(name.startswith("sma_fast/_C.") for name in names)

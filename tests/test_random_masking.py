@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import FLOAT32_IF_INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from sma_fast.testing import (
     CASES,
     DTYPES,
     LAYOUTS,
-    NATIVE_DTYPES,
     SCORES,
     assert_compiles_once,
     assert_gradients,
@@ -81,8 +81,8 @@ def test_large(backend, four_threads, dtype, width):
 HALF = torch.bfloat16
 MANY_BLOCKS = {
     "one sample": {"batch": 1, "tokens": 196, "trailing": (401,)},
-    "few samples": {"dtype": HALF, "batch": 3, "tokens": 300, "trailing": (700,)},
-    "narrow rows": {"dtype": HALF, "tokens": 20_000, "trailing": (8,), "mask_ratio": 0.1},
+    "few samples": {"dtype": HALF, "batch": 2, "tokens": 300, "trailing": (500,)},
+    "narrow rows": {"dtype": HALF, "batch": 2, "tokens": 20_000, "trailing": (8,)},
     "long rows": {"dtype": HALF, "batch": 2, "tokens": 70_001, "mask_ratio": 0.75},
     "long rows, no ties": {"batch": 1, "tokens": 70_001, "noise": "normal"},
     "long rows, all masked": {"batch": 1, "tokens": 70_001, "mask_ratio": 1.0},
@@ -138,7 +138,7 @@ def test_masks_what_mae_masks(backend, tokens, ratio):
 
 
 @pytest.mark.needs("restore_tokens_backward", "restore_tokens")
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT32_IF_INTERPRETED, ids=str)
 @pytest.mark.parametrize("case", CASES[OP], ids=str)
 def test_gradients(backend, case, dtype):
     inputs = backend.inputs(case.build(dtype))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import FLOAT32_IF_INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -291,7 +292,7 @@ GRADIENTS = [
 
 
 @pytest.mark.needs("gather_tokens_backward", "gather_tokens")
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT32_IF_INTERPRETED, ids=str)
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients(backend, case, dtype):
     inputs = backend.inputs(case.build(dtype))
