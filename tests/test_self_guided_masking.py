@@ -151,7 +151,8 @@ def assert_result(backend, inputs: dict, layout: str = "packed") -> None:
 
 
 def slow_in_the_interpreter(case, dtype) -> bool:
-    return case.name == "long" and dtype != torch.float32
+    # bfloat16 stands for both half types
+    return dtype == torch.float16 or case.name == "long" and dtype != torch.float32
 
 
 @pytest.mark.parametrize(
@@ -284,10 +285,9 @@ def test_masked_queries_take_the_keys_padding(backend):
     assert bool((result.selection.mask.gather(1, drawn.clamp(min=0)) | ~inside).all())
 
 
-GRADIENTS = [
-    pytest.param(c, marks=pytest.mark.not_interpreted if c.name == "long" else (), id=str(c))
-    for c in CASES[OP]
-    if "values" not in c.options
+GRADIENTS = [  # every third one under the interpreter: what differs is which ids the rows go by
+    pytest.param(c, marks=pytest.mark.not_interpreted if i % 3 else (), id=str(c))
+    for i, c in enumerate(c for c in CASES[OP] if "values" not in c.options)
 ]
 
 

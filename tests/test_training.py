@@ -13,7 +13,7 @@ import runs
 import torch
 from runs import PHYSICS, PROTEIN, TINY, Run, assert_same_weights, difference
 
-from sma_fast import _draws
+from sma_fast import _draws, cli
 from sma_fast.masking.sma import SMAMasking
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +180,7 @@ def assert_same_training(one: Path, other: Path) -> None:
 def test_two_processes_are_one_with_the_doubled_batch(
     case: str, place: Path, tmp_path: Path
 ) -> None:
-    assert Run(CUT[case](place, tmp_path / "one"), tmp_path).end().code == 0
+    assert cli.main([str(argument) for argument in CUT[case](place, tmp_path / "one")]) == 0
     ended = torchrun(2, CUT[case](place, tmp_path / "two"))
     assert ended.code == 0, ended.err
     assert_same_training(tmp_path / "one", tmp_path / "two")
