@@ -165,7 +165,7 @@ def tokens(shape: Shape, device: str, dtype: torch.dtype) -> Tensor:
 def embeddings(shape: Shape, device: str, dtype: torch.dtype) -> Tensor:
     """Returns embeddings of falling weight along random directions, (B, N, C).
 
-    On the CPU their cut takes 7 to 14 products; on real pictures those of a trained model 3 to 8.
+    On the CPU their cut takes 7 to 14 products; on real pictures those of a trained model 3 to 9.
     """
     draw = torch.Generator(device).manual_seed(5)
     rank = min(64, shape.width)

@@ -38,7 +38,9 @@ class Cut : CutMatrix<T> {
     for (int64_t i = 0; i < a.iterations && n > 1 && !converged; ++i) {
       for (int j = kWrong; j < kSpan; ++j) there[j] = orthonormal(j, i);
       this->multiply(vector(kWrong), product(kWrong));
-      converged = rayleigh_ritz(values);
+      const bool told =
+          i + 1 >= kFewest || n - 1 <= kPair * (i + 1);  // or the span is all there is
+      converged = rayleigh_ritz(values) && told;
     }
     write(converged, values[0]);
     return true;
@@ -88,7 +90,7 @@ class Cut : CutMatrix<T> {
       for (int q = p; q < kSpan; ++q) m[p][q] = m[q][p] = dot(vector(p), product(q), padded);
       if (!there[p]) m[p][p] = -1;  // below all others, which are not negative
     }
-    small_eigen(m, kSpan, found, turn);
+    small_eigen(m, found, turn);
     for (int j = 0; j < kPair; ++j) there[kBest + j] = there[kBest + j] || there[kWrong + j];
     for (int j = 0; j < kPair; ++j) there[kStep + j] = step(j, turn);
     combine(vectors, turn);
@@ -103,10 +105,12 @@ class Cut : CutMatrix<T> {
     }
     // the second may be as much larger as it is wrong
     const double second = there[1] ? values[1] + errors[1] : 0, gap = values[0] - second;
-    return values[0] > kNothing && errors[0] <= a.tol * gap && labels_follow(errors[0] / gap);
+    const bool settled = !there[1] || errors[1] <= kSettled * gap;
+    return values[0] > kNothing && gap > kLeastGap * values[0] && settled &&
+           errors[0] <= a.tol * gap && labels_follow(errors[0] / gap);
   }
 
-  // Column kPair + j of `turn` becomes the step to best vector j: what that has of all but the best
+  // Column kStep + j of `turn` becomes the step to best vector j: what that has of all but the best
   // before it, made orthogonal to what is best now and to other steps. False: there is none.
   static bool step(int j, double (&turn)[kSpan][kSpan]) {
     double square = 0;
@@ -146,8 +150,9 @@ class Cut : CutMatrix<T> {
     }
   }
 
-  // Whether labels are those of the exact vector, at this angle to it: but for one in a thousand no
-  // entry is so near to where labels begin, nor is a large one that the sign may hang on another.
+  // Whether labels are those of the exact vector, at this angle to it: but for one, and one more in
+  // each thousand, no entry is so near to where labels begin, nor is a large one that the sign may
+  // hang on another.
   bool labels_follow(double angle) const {
     double most = 0, squares = 0;
     for (int64_t i = 0; i < n; ++i) {

@@ -34,12 +34,13 @@ inline void scale_by(float* x, double factor, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) store(x + i, load<Vf>(x + i) * f);
 }
 
-// Floats of scratch that CutMatrix takes. A vector is `padded` floats long, tokens rounded up.
+// A vector of a sample is so many floats long.
 inline int64_t padded_tokens(int64_t tokens) {
   return round_up(larger<int64_t>(tokens, 1), kLanes);
 }
+// Floats of scratch that CutMatrix takes.
 inline int64_t cut_matrix_size(const BipartitionArgs& a) {
-  return (kPair + 4) * padded_tokens(a.tokens) + kPair * a.width;
+  return (kPair + 4) * padded_tokens(a.tokens) + round_up(kPair * a.width, kLanes);
 }
 
 template <class T>

@@ -1,23 +1,15 @@
-// Eigenvectors of a matrix so small that it lies in registers; for the CPU and for CUDA.
+// Eigenvectors of a matrix so small that it lies in registers.
 #pragma once
 
-#ifdef __CUDACC__
-#define SMA_HOST_DEVICE __host__ __device__
-#define SMA_UNROLL _Pragma("unroll")
-#else
-#define SMA_HOST_DEVICE
 #define SMA_UNROLL _Pragma("GCC unroll 8")
-#endif
 
 namespace sma {
 
-// Eigenvalues, descending, and eigenvectors (columns of `turn`) of the first `size` rows and
-// columns of a symmetric matrix, which is lost; the rest of it is 0. By Jacobi's rotations.
-// Static: each source has its own, compiled for its instruction set.
+// Eigenvalues, descending, and eigenvectors (columns of `turn`) of a symmetric matrix, which is
+// lost; by Jacobi's rotations. Static: each source has its own, compiled for its instruction set.
 template <int kMost>
-SMA_HOST_DEVICE static inline void small_eigen(double (&m)[kMost][kMost], int size,
-                                               double (&values)[kMost],
-                                               double (&turn)[kMost][kMost]) {
+static inline void small_eigen(double (&m)[kMost][kMost], double (&values)[kMost],
+                               double (&turn)[kMost][kMost]) {
   double most = 0;
   SMA_UNROLL for (int i = 0; i < kMost; ++i) {
     most += m[i][i] < 0 ? -m[i][i] : m[i][i];
@@ -53,7 +45,7 @@ SMA_HOST_DEVICE static inline void small_eigen(double (&m)[kMost][kMost], int si
   SMA_UNROLL for (int i = 0; i < kMost; ++i) values[i] = m[i][i];
   SMA_UNROLL for (int i = 0; i < kMost; ++i) {
     SMA_UNROLL for (int j = i + 1; j < kMost; ++j) {
-      if (j >= size || !(values[j] > values[i])) continue;
+      if (!(values[j] > values[i])) continue;
       const double value = values[i];
       values[i] = values[j];
       values[j] = value;

@@ -16,6 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS = 2048  # in a block, at most: more do not fit in registers
 _BYTES = 64  # of a chunk, in a thread's registers
 _NOTHING = tl.constexpr(1e-6)  # eigenvalues up to here count as 0
+_LEAST_GAP = tl.constexpr(2e-5)  # of the eigenvalue: floats cannot tell less from a tie
+_SETTLED = tl.constexpr(0.5)  # of the gap, that the second eigenvector may be wrong
+_FEWEST = tl.constexpr(3)  # products: before, one of equal eigenvalues may show alone
 _SIGN_TIE = tl.constexpr(1e-3)  # entries within this share of the largest count as large,
 _ZERO = tl.constexpr(1e-4)  # and up to this share of it as 0, but for rounding
 _SHORTEST = tl.constexpr(1.17549435e-38)  # a row shorter than a normal number counts as 0
@@ -90,8 +93,8 @@ def orthonormal(v, trivial, other, valid, seed):
 def labels_follow(x, valid, n, angle):
     """Returns whether labels are those of the exact vector, at this angle to x of n numbers.
 
-    Then, but for one in a thousand, no entry is so near to where labels begin, nor is a large one
-    that the sign may hang on another.
+    Then, but for one, and one more in each thousand, no entry is so near to where labels begin, nor
+    is a large one that the sign may hang on another.
     """
     size = tl.abs(x)
     most = tl.max(size)
@@ -195,12 +198,15 @@ def bipartition_kernel(
         rest0 = y0 - value.to(tl.float32) * first
         rest1 = y1 - second.to(tl.float32) * v1
         # the second may be as much larger as it is wrong
-        second += tl.sqrt(tl.sum(rest1 * rest1))
-        gap = tl.where(value > second, value - second, 1.0).to(tl.float32)
+        error1 = tl.sqrt(tl.sum(rest1 * rest1))
+        second += error1
+        apart = value - second > _LEAST_GAP * value
+        gap = tl.where(apart, value - second, 1.0).to(tl.float32)
         angle = tl.sqrt(tl.sum(rest0 * rest0)) / gap
-        near = (value > _NOTHING) & (value > second) & (angle <= tol)
-        near &= labels_follow(first * root, valid, n, angle)
+        near = (value > _NOTHING) & apart & (angle <= tol)
         turn += 1
+        near &= (error1 <= _SETTLED * gap) & ((turn >= _FEWEST) | (number <= 3))
+        near &= labels_follow(first * root, valid, n, angle)
 
     found = value > _NOTHING
     first = tl.where(found, first * root, 0.0)

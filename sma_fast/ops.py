@@ -617,7 +617,7 @@ def bipartition(
         key_padding_mask: (B, N) bool, True = padding.
         method: "ncut" or "pca".
         iterations: products with the matrix, at most; at least 1. On the CPU embeddings of pictures
-            take 3 to 9 of them, random ones, whose eigenvalues lie close together, 20 to 50; on a
+            take 3 to 9 of them, random ones, whose eigenvalues lie close together, 20 to 70; on a
             GPU, where each product goes on from the last one only, more.
         tol: the largest angle to the exact vector, in radians, for which `converged` is True; above
             0. It is bounded by the residual over the gap to the next eigenvalue. Where an angle as

@@ -1,6 +1,7 @@
 """bipartition: patches cut in two by the second eigenvector of their similarity."""
 
 import io
+import itertools
 import math
 import os
 import zipfile
@@ -149,6 +150,32 @@ def test_nearly_degenerate(backend, noise):
     assert agreement(found, expected) >= 0.999
     assert noise < 1e-2 or bool(found.converged.all())
     assert noise > 1e-6 or not bool(found.converged.any())
+
+
+@pytest.mark.parametrize("iterations", (1, 2, 3, 20))
+@pytest.mark.parametrize("method", ("ncut", "pca"))
+def test_ties_are_not_known(backend, method, iterations):
+    """Two opposite pairs at right angles, in all orders: either pair could be the cut."""
+    four = torch.tensor([X, [-1.0, 0.0], Y, [0.0, -1.0]])
+    x = torch.stack([four[list(order)] for order in itertools.permutations(range(4))])
+    options = {"method": method, "iterations": iterations}
+    for some in (x, x.repeat(1, 5, 1)):
+        found = call(OP, backend.inputs({"embeddings": some} | options))
+        assert not bool(found.converged.any())
+
+
+@pytest.mark.parametrize("method", ("ncut", "pca"))
+@pytest.mark.parametrize("tokens, width", ((4, 2), (4, 3), (8, 3), (16, 3)))
+def test_rows_of_signs(backend, method, tokens, width):
+    """Often several eigenvalues are equal, and products with the matrix are exact."""
+    native = backend.backend in ("cpu", "reference") or str(backend.device) != "cpu"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 2, (400 if native else 30, tokens, width), generator=generator) * 2.0 - 1
+    inputs = backend.inputs({"embeddings": x, "method": method})
+    found, expected = call(OP, inputs), backend.expected(OP, inputs)
+    assert not bool((found.converged & ~expected.converged).any())
+    assert_same(found.labels[found.converged], expected.labels[found.converged])
+    assert float(found.converged.float().mean()) > 0.8
 
 
 def test_what_is_zero_but_for_rounding_is_not_above_it(backend):

@@ -130,6 +130,23 @@ def test_what_is_shown_is_what_the_policy_masks(mask: str) -> None:
     assert len(alone.panels) == len(found.panels)
 
 
+def test_what_is_shown_of_pictures_that_are_not_cut() -> None:
+    torch.manual_seed(0)
+    model = MAEForPretraining(MAEConfig.preset("mae-32", **SIZES)).eval()
+    pixels = torch.randn(3, 3, 8, 8)
+    policy = SelfMAEMasking(iterations=1, mask_ratio=0.5)
+    assert not policy.scores(model, pixels).any()
+    found = show_mae.look(model, pixels, policy, lambda x: x.permute(0, 2, 3, 1).numpy())
+    images = {panel.label.split("\n")[0]: panel.images for panel in found.panels}
+    assert (images["informed mask"] == images["picture"]).all() and not images["score"].any()
+    shown = images["masked: 10% of what is"]
+    assert ((shown == images["picture"]) | (shown == 0)).all()  # no patch is orange
+    cut = SelfMAEMasking(mask_ratio=0.5)
+    found = show_mae.look(model, pixels, cut, lambda x: x.permute(0, 2, 3, 1).numpy())
+    informed = next(panel for panel in found.panels if panel.label.startswith("informed"))
+    assert ((informed.images == 0).all(3).mean((1, 2)) == 0.5).all()
+
+
 def test_show_needs_to_know_the_masks(place: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     assert call(pretrain(place, out, "random", "--steps", "2")) == 0

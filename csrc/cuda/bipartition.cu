@@ -39,7 +39,8 @@ class Cut : CutMatrix<T, kStay> {
           for (int j = 0; j < size; ++j) this->gram_schmidt(j, i);
         }
         this->multiply();
-        converged = this->rayleigh_ritz(size, a.tol);
+        const bool told = i + 1 >= kFewest || n - 1 <= kVectors;  // or the span is all there is
+        converged = this->rayleigh_ritz(size, static_cast<float>(a.tol)) && told;
       }
       value = s.values[0];
     }

@@ -158,7 +158,7 @@ class CutVectors : protected BlockSums {
   }
 
   // Turns the vectors to the eigenvectors between them; says whether the first is near enough.
-  __device__ bool rayleigh_ritz(int size, double tol) {
+  __device__ bool rayleigh_ritz(int size, float tol) {
     double sums[kVectors * (kVectors + 1) / 2] = {};
     for (unsigned i = threadIdx.x; i < n; i += kThreads) {
       const float *v = part(vectors + i, 0), *y = part(products + i, 0);
@@ -192,10 +192,13 @@ class CutVectors : protected BlockSums {
     }
     add_up(errors);
     // the second may be as much larger as it is wrong
-    const double second = size > 1 ? s.values[1] + sqrt(errors[1]) : 0;
-    const double gap = s.values[0] - second, error = sqrt(errors[0]);
-    if (!(s.values[0] > kNothing && error <= tol * gap)) return false;
-    return labels_follow(static_cast<float>(error / gap));
+    const float value = static_cast<float>(s.values[0]);
+    const float error = sqrtf(static_cast<float>(errors[0]));
+    const float wrong = size > 1 ? sqrtf(static_cast<float>(errors[1])) : 0.0f;
+    const float gap = static_cast<float>(s.values[0] - (size > 1 ? s.values[1] : 0.0)) - wrong;
+    if (!(value > kNothing && gap > kLeastGap * value)) return false;
+    if (!(error <= tol * gap && wrong <= kSettled * gap)) return false;
+    return labels_follow(error / gap);
   }
 
   // Whether labels are those of the exact vector, at this angle to it: see csrc/bipartition.h.

@@ -116,7 +116,8 @@ class SelfMAEMasking:
     def share_at_random(self) -> float:
         """Returns the share of the masks since this was last asked that are random ones.
 
-        Of all pictures before `start`, later of those that were not cut. NaN where there are none.
+        Of all pictures before `start` and while hints are all that is visible, later of those that
+        were not cut. NaN where there are none.
         """
         masked, at_random = self._masked, int(self._at_random)
         self._masked, self._at_random = 0, torch.tensor(0)
@@ -216,26 +217,24 @@ class SelfMAEMasking:
             model: MAEForPretraining.
             pixels: (B, channels, height, width).
         """
-        with torch.no_grad():
-            embeddings = model.embeddings(pixels, self.layer, self.norm)  # (B, N, C)
-            cut = self.cut(embeddings)
-            scores = ops.informed_scores(embeddings, cut, cluster=self.cluster)
-            return scores.masked_fill(~cut.converged[:, None], 0.0)
+        return self.cut(model.embeddings(pixels, self.layer, self.norm))[1]
 
-    def cut(self, embeddings: Tensor) -> ops.Bipartition:
-        """Returns the patches cut in two, labelled by `threshold`.
+    def cut(self, embeddings: Tensor) -> tuple[ops.Bipartition, Tensor]:
+        """Returns the patches cut in two, labelled by `threshold`, and scores as `scores` does.
 
         Args:
             embeddings: (B, N, C).
         """
-        cut = ops.bipartition(
-            embeddings, method=self.method, iterations=self.iterations, tol=self.tol
-        )
-        if self.threshold == "zero":
-            return cut
-        vector = cut.vector  # (B, N)
-        middle = vector.mean(1) if self.threshold == "mean" else vector.median(1).values
-        return cut._replace(labels=vector > middle[:, None])
+        with torch.no_grad():
+            cut = ops.bipartition(
+                embeddings, method=self.method, iterations=self.iterations, tol=self.tol
+            )
+            if self.threshold != "zero":
+                vector = cut.vector  # (B, N)
+                middle = vector.mean(1) if self.threshold == "mean" else vector.median(1).values
+                cut = cut._replace(labels=vector > middle[:, None])
+            scores = ops.informed_scores(embeddings, cut, cluster=self.cluster)
+            return cut, scores.masked_fill(~cut.converged[:, None], 0.0)
 
     def _kept_scores(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sma_fast import ops
 from sma_fast.masking import AttMaskMasking, SelfMAEMasking
-from sma_fast.masking.random import count_masked
+from sma_fast.masking.random import number_for
 from sma_fast.models import MAEForPretraining
 from sma_fast.training.checkpoints import CheckpointError
 from sma_fast.training.data import Pictures
@@ -133,11 +133,11 @@ def look(
             reasons, ranked = _reasons(model, pixels, policy)
             ranked = grid(ranked).astype(bool)[..., None]
             panels += [Panel(label, grid(x), colour) for label, x, colour in reasons]
-            panels.append(Panel("informed mask", picture * ~ranked))
+            panels.append(Panel("informed mask\n(whole: not cut)", picture * ~ranked))
             tinted = np.where(ranked & ~hidden, (picture + np.array(ORANGE)) / 2, picture)
+            of = "masked is drawn" if policy.hints_by == "rest" else "visible are hints"
             label = (
-                f"masked: hints are\n{policy.hints(progress):.0%} of what is visible\n"
-                "(orange: of the object)"
+                f"masked: {policy.hints(progress):.0%} of what is\n{of}\n(orange: by rank hidden)"
             )
             masked = Panel(label, tinted * ~hidden)
         elif isinstance(policy, AttMaskMasking):
@@ -154,15 +154,14 @@ def look(
 def _reasons(
     model: MAEForPretraining, pixels: Tensor, policy: SelfMAEMasking
 ) -> tuple[list[tuple[str, Tensor, str]], Tensor]:
-    # what selfmae goes by, and the patches that rank alone would mask
+    # what selfmae goes by, and the patches that rank alone would mask; none where it cannot tell
     x = model.embeddings(pixels, policy.layer, policy.norm)
-    cut = policy.cut(x)
-    scores = ops.informed_scores(x, cut, cluster=policy.cluster)
+    cut, scores = policy.cut(x)
     unit = nn.functional.normalize(x, dim=2)
     most = cut.vector.abs().argmax(1)  # the patch that differs most
     similarity = (unit @ unit[torch.arange(len(x)), most][:, :, None])[:, :, 0]
-    number = count_masked(model.config.num_patches, model.config.mask_ratio)
-    ranked = ops.select_tokens(scores, num_masked=number).mask
+    number = number_for(model, policy.mask_ratio)
+    ranked = ops.select_tokens(scores, num_masked=number).mask & cut.converged[:, None]
     object_ = "cut: the object" if policy.cluster == "object" else "cut: the one cluster"
     return [
         ("similarity to the\npatch that differs most", similarity, "viridis"),
