@@ -428,7 +428,7 @@ def test_memory_shows():
     assert HERE.extra_bytes(lambda: (x + x + x)[:1].clone()) >= 2 * MIB - 1
 
 
-@pytest.mark.parametrize("queries, tokens", WIDTHS)
+@pytest.mark.parametrize("queries, tokens", WIDTHS[::3] if DRY else WIDTHS)
 @pytest.mark.parametrize("run", runs())
 def test_memory(forced: Run, no_kernels: None, queries: int, tokens: int):
     inputs = memory_inputs(forced.op, queries, tokens)
