@@ -395,6 +395,7 @@ void gather_tokens(const Gather& gather, int64_t batch, int64_t tokens, int64_t 
                    Address ids, const Where& where) {
   const GatherTokensArgs a = gather_args(gather, batch, tokens, visible, ids, where);
   if (on_cpu(where)) check_index("ids", a.ids, batch * visible, -1, tokens);
+  else check_length("tokens", tokens > visible ? tokens : visible);
   run("gather_tokens", kernels()->gather_tokens, SMA_CUDA(gather_tokens), a, where);
 }
 
@@ -437,6 +438,9 @@ void restore_tokens(Address visible, int64_t visible_batch_bytes, int64_t visibl
   a.threads = threads_of(where);
   if (on_cpu(where))
     check_index("ids_restore", a.ids_restore, batch * tokens, -1, visible_count + fill_count);
+  else
+    check_length("visible, fill",
+                 tokens > visible_count + fill_count ? tokens : visible_count + fill_count);
   run("restore_tokens", kernels()->restore_tokens, SMA_CUDA(restore_tokens), a, where);
 }
 

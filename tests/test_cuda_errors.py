@@ -30,6 +30,7 @@ OPS = {  # a case, and what the error says of its shapes
 }
 ERRORS = {  # CUDA's number, its words, and what to do
     "built for other GPUs": (209, "no kernel image", "set SMA_FAST_CUDA_ARCHS to .* install again"),
+    "without code for it": (98, "invalid device", "set SMA_FAST_CUDA_ARCHS to .* install again"),
     "driver too old": (35, "driver version is insufficient", "update the driver"),
     "PTX too new for the driver": (222, "unsupported toolchain", "update the driver"),
     "out of memory": (2, "out of memory", "Free memory on this GPU, or take a smaller batch"),
@@ -91,6 +92,16 @@ def test_a_batch_in_turns_ends_with_the_first_error(emulated, monkeypatch, name)
     query, key = torch.randn(1, 1, 4200, 4), torch.randn(1, 1, 40, 4)
     with pytest.raises(RuntimeError, match=rf"^sma_fast\.attention_scores .*{ERRORS[name][1]}"):
         sma_fast.attention_scores(query, key)
+
+
+def test_more_tokens_than_ids_count(emulated):
+    """Refused before a launch: the kernels count tokens in 32 bits."""
+    many = torch.empty((1, 1 << 31, 1), dtype=torch.float16)  # of memory that is never touched
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^tokens: got 2147483648 tokens, allowed is below 2\^31"):
+        sma_fast.gather_tokens(many, ids)
+    with pytest.raises(ValueError, match=r"^visible, fill: got 2147483649 tokens, allowed is"):
+        sma_fast.restore_tokens(many, ids, torch.zeros(1, dtype=torch.float16))
 
 
 def test_heads_too_wide_for_shared_memory(emulated):

@@ -64,8 +64,9 @@ def test_triton_kernels_compile_without_spills() -> None:
     triton = pytest.importorskip("triton", reason="triton is not installed")
     # the compilers of older ones leave a few bytes of some kernels (3.6: 64 at most)
     older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    ended = reported("triton", "--architectures", *map(str, ARCHITECTURES))
-    found = rows(ended, spills=64 if older else 0)
+    spills = 64 if older else 0
+    architectures = ("--architectures", *map(str, ARCHITECTURES))
+    found = rows(reported("triton", *architectures, "--allow", str(spills)), spills)
     written = {
         name
         for file in (ROOT / "kernels").glob("*.py")
@@ -145,6 +146,17 @@ def test_report_sees_shared_and_local_memory(
     (tmp_path / "spills.cu").write_text("not C++")
     with pytest.raises(RuntimeError, match="spills.cu for sm_80: .*error"):
         report(["cuda", "--architectures", "80"])
+
+
+def test_report_allows_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import kernels_report
+
+    some = [(f"a_{n}", "sm_80", cubins.Usage(32, 0, n, 0)) for n in (0, 8, 4)]
+    monkeypatch.setattr(kernels_cuda, "rows", lambda *_: some)
+    monkeypatch.setattr(cubins, "find_nvcc", lambda: "nvcc")
+    assert kernels_report.main(["cuda"]) == 1
+    assert kernels_report.main(["cuda", "--allow", "7"]) == 1
+    assert kernels_report.main(["cuda", "--allow", "8"]) == 0
 
 
 def test_guards_of_architectures(tmp_path: Path) -> None:

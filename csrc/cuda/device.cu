@@ -69,7 +69,7 @@ std::string error_text(int error) {
            "reference, or triton where a sample has at most 2048 tokens";
   const auto code = static_cast<cudaError_t>(error);
   std::string text = cudaGetErrorString(code);
-  if (code == cudaErrorNoKernelImageForDevice)
+  if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction)
     text +=
         ". sma_fast was built for other GPUs: if this one's compute capability is 8.0 or more, set "
         "SMA_FAST_CUDA_ARCHS to it (such as 86) and install again; else use the backend triton";

@@ -34,6 +34,8 @@ const char* words_of(cudaError_t error) {
       return "out of memory";
     case cudaErrorInsufficientDriver:
       return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
     case cudaErrorNoKernelImageForDevice:
       return "no kernel image is available for execution on the device";
     case cudaErrorUnsupportedPtxVersion:
