@@ -370,3 +370,21 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{op} ran")
 
     monkeypatch.setattr(_dispatch, "_choose", refuse)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch):
+    """Answers every call of an op with its CUDA kernel, in the emulator."""
+    if reason := emulation.why_missing("gather_tokens"):
+        pytest.skip(reason)
+    emulation.use(monkeypatch)
+    find = _dispatch.implementation
+
+    def implementation(backend: str, op: str, device_type: str):
+        return _native._OPS[op] if backend == "cuda" else find(backend, op, device_type)
+
+    monkeypatch.setattr(_dispatch, "implementation", implementation)
+    _dispatch._choose.cache_clear()
+    with sma_fast.use_backend("cuda"):
+        yield
+    _dispatch._choose.cache_clear()

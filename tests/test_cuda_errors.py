@@ -3,12 +3,11 @@
 In the emulator, whose runtime fails as it is told (SMA_EMULATED_ERROR).
 """
 
-import emulation
 import pytest
 import torch
 
 import sma_fast
-from sma_fast import _dispatch, _native
+from sma_fast import _native
 from sma_fast.testing import CASES, call
 
 pytestmark = pytest.mark.emulated
@@ -35,24 +34,6 @@ ERRORS = {  # CUDA's number, its words, and what to do
     "PTX too new for the driver": (222, "unsupported toolchain", "update the driver"),
     "out of memory": (2, "out of memory", "Free memory on this GPU, or take a smaller batch"),
 }
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch):
-    """Answers every call of an op with its CUDA kernel, in the emulator."""
-    if reason := emulation.why_missing("gather_tokens"):
-        pytest.skip(reason)
-    emulation.use(monkeypatch)
-    find = _dispatch.implementation
-
-    def implementation(backend: str, op: str, device_type: str):
-        return _native._OPS[op] if backend == "cuda" else find(backend, op, device_type)
-
-    monkeypatch.setattr(_dispatch, "implementation", implementation)
-    _dispatch._choose.cache_clear()
-    with sma_fast.use_backend("cuda"):
-        yield
-    _dispatch._choose.cache_clear()
 
 
 def inputs_of(op: str) -> dict:

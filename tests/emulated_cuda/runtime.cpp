@@ -1,6 +1,7 @@
 // What the runtime refuses, as a GPU of compute capability 9.0 does.
 #include "emulated_cuda.h"
 
+#include <fstream>
 #include <map>
 #include <mutex>
 
@@ -21,6 +22,12 @@ int most_shared() { return arch() < 90 ? 166912 : 232448; }
 unsigned most_cluster() {
   const char* given = std::getenv("SMA_EMULATED_CLUSTER");
   return given == nullptr ? 16 : static_cast<unsigned>(std::atoi(given));
+}
+
+// SMA_EMULATED_LAUNCHES=FILE adds a byte to it for each launch.
+void count_launch() {
+  const char* file = std::getenv("SMA_EMULATED_LAUNCHES");
+  if (file != nullptr) std::ofstream(file, std::ios::app) << '.';
 }
 
 // SMA_EMULATED_ERROR=209 makes every launch fail with that error, in CUDA's own words.
@@ -149,6 +156,7 @@ namespace emulated {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
                    std::function<void()> kernel) {
+  count_launch();
   const cudaError_t chosen = chosen_error();
   if (chosen != cudaSuccess) return report(chosen, words_of(chosen));
   const dim3 grid = config.gridDim, block = config.blockDim;

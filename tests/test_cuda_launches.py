@@ -1,0 +1,58 @@
+"""How many kernels CUDA's self_guided_masking launches: one, where the keys of a head fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sma_fast
+from sma_fast.testing import assert_same_selection, call, guided_inputs
+
+pytestmark = pytest.mark.emulated
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+PROTEIN = {"heads": 8, "queries": 40, "selected": 38, "tokens": 1024, "width": 32}
+MOLECULE = {"heads": 12, "queries": 60, "selected": 51, "tokens": 512, "width": 64}
+LONG = {"batch": 1, "heads": 1, "queries": 5, "selected": 3, "tokens": 8192}
+ONE = {
+    "protein": (HALF, {"batch": 1, "padding": "right", **PROTEIN}),
+    "molecule": (HALF, {"batch": 1, "padding": "right", **MOLECULE}),
+    "8192 tokens of 64 features": (FLOAT, {**LONG, "width": 64}),
+    "8192 tokens of 128 features": (HALF, {**LONG, "width": 128}),
+}
+# scores in three launches, selection, and one for each gather
+SEVERAL = {"8192 tokens of 128 features": (FLOAT, {**LONG, "width": 128}, 5)}
+
+
+def launches(inputs: dict, file: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns how many there are, once the answer is the reference's."""
+    file.write_bytes(b"")
+    monkeypatch.setenv("SMA_EMULATED_LAUNCHES", str(file))
+    found = call("self_guided_masking", inputs)
+    monkeypatch.delenv("SMA_EMULATED_LAUNCHES")
+    with sma_fast.use_backend("reference"):
+        from_scores = sma_fast.select_tokens(
+            found.scores,
+            mask_ratio=inputs["mask_ratio"],
+            key_padding_mask=inputs.get("key_padding_mask"),
+        )
+    assert_same_selection(found.selection, from_scores)
+    return len(file.read_bytes())
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_launch(emulated, monkeypatch, tmp_path, name):
+    dtype, options = ONE[name]
+    assert launches(guided_inputs(dtype, **options), tmp_path / "launches", monkeypatch) == 1
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_few_launches(emulated, monkeypatch, tmp_path, name):
+    dtype, options, expected = SEVERAL[name]
+    found = launches(guided_inputs(dtype, **options), tmp_path / "launches", monkeypatch)
+    assert found == expected
+
+
+def test_one_launch_of_many_samples(emulated, monkeypatch, tmp_path):
+    inputs = guided_inputs(batch=40, heads=2, queries=9, selected=4, tokens=30, width=16)
+    assert launches(inputs, tmp_path / "launches", monkeypatch) == 1
