@@ -15,6 +15,8 @@ namespace SMA_ISA {
 // The pair, the step that led to it, and where it is wrong: in this order in memory.
 enum Part : int { kBest = 0, kStep = kPair, kWrong = 2 * kPair };
 constexpr int kSpan = 3 * kPair;
+constexpr double kSudden = 100;  // times less error after one product,
+constexpr int kProbes = 8;       // and so many more then
 
 template <class T>
 class Cut : CutMatrix<T> {
@@ -38,9 +40,8 @@ class Cut : CutMatrix<T> {
     for (int64_t i = 0; i < a.iterations && n > 1 && !converged; ++i) {
       for (int j = kWrong; j < kSpan; ++j) there[j] = orthonormal(j, i);
       this->multiply(vector(kWrong), product(kWrong));
-      const bool told =
-          i + 1 >= kFewest || n - 1 <= kPair * (i + 1);  // or the span is all there is
-      converged = rayleigh_ritz(values) && told;
+      const bool more = n - 1 > kPair * (i + 1);  // vectors than were spanned
+      converged = rayleigh_ritz(values, more) && !(more && i + 1 < kFewest);
     }
     write(converged, values[0]);
     return true;
@@ -50,9 +51,11 @@ class Cut : CutMatrix<T> {
   using Base = CutMatrix<T>;
   using Base::a, Base::b, Base::n, Base::padded, Base::tokens, Base::root, Base::trivial;
 
-  float* const vectors;    // [kSpan][padded], orthonormal
-  float* const products;   // of the matrix with them
-  bool there[kSpan] = {};  // else the vector is 0
+  float* const vectors;     // [kSpan][padded], orthonormal
+  float* const products;    // of the matrix with them
+  bool there[kSpan] = {};   // else the vector is 0
+  double error_before = 1;  // of the first of the pair, a product ago
+  int waits = 0;            // products until it is believed
 
   float* vector(int j) const { return vectors + j * padded; }
   float* product(int j) const { return products + j * padded; }
@@ -83,8 +86,8 @@ class Cut : CutMatrix<T> {
   }
 
   // Finds the best pair that the vectors span, the step to it and where it is wrong; says whether
-  // its first is near enough.
-  bool rayleigh_ritz(double (&values)[kPair]) {
+  // its first is near enough. More: the span is not yet all there is.
+  bool rayleigh_ritz(double (&values)[kPair], bool more) {
     double m[kSpan][kSpan], found[kSpan], turn[kSpan][kSpan];
     for (int p = 0; p < kSpan; ++p) {
       for (int q = p; q < kSpan; ++q) m[p][q] = m[q][p] = dot(vector(p), product(q), padded);
@@ -106,8 +109,13 @@ class Cut : CutMatrix<T> {
     // the second may be as much larger as it is wrong
     const double second = there[1] ? values[1] + errors[1] : 0, gap = values[0] - second;
     const bool settled = !there[1] || errors[1] <= kSettled * gap;
-    return values[0] > kNothing && gap > kLeastGap * values[0] && settled &&
-           errors[0] <= a.tol * gap && labels_follow(errors[0] / gap);
+    // one that is exact all at once may be one of several, as rows that repeat make them: what is
+    // equal to it shows in the products that follow
+    if (error_before > larger(a.tol * gap, kSudden * errors[0])) waits = kProbes;
+    else if (waits > 0) --waits;
+    error_before = errors[0];
+    return (waits == 0 || !more) && values[0] > kNothing && gap > kLeastGap * values[0] &&
+           settled && errors[0] <= a.tol * gap && labels_follow(errors[0] / gap);
   }
 
   // Column kStep + j of `turn` becomes the step to best vector j: what that has of all but the best

@@ -178,6 +178,31 @@ def test_rows_of_signs(backend, method, tokens, width):
     assert float(found.converged.float().mean()) > 0.8
 
 
+def one_hot_rows(counts, orders):
+    rows = torch.eye(len(counts))[torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))]
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack(
+        [rows[torch.randperm(len(rows), generator=generator)] for _ in range(orders)]
+    )
+
+
+@pytest.mark.parametrize("method", ("ncut", "pca"))
+@pytest.mark.parametrize(
+    "counts",
+    (
+        *([2] * 3 + [1] * 3, [3] * 3 + [2] * 4, [7] * 3 + [6] * 13),
+        *([4] * 5 + [20] * 4, [4] * 3 + [2] * 40),
+    ),
+    ids=lambda counts: f"{len(counts)} groups",
+)
+def test_groups_at_right_angles_of_two_sizes(backend, method, counts):
+    """Several eigenvalues are equal: a pair of vectors may find one of them before the others."""
+    native = backend.backend in ("cpu", "reference") or str(backend.device) != "cpu"
+    inputs = backend.inputs({"embeddings": one_hot_rows(counts, 200 if native else 4)})
+    found = call(OP, inputs | {"method": method, "iterations": 64 if native else 12})
+    assert not bool(found.converged.any())
+
+
 def test_what_is_zero_but_for_rounding_is_not_above_it(backend):
     """Two opposite patches, and others at right angles to both: the vector is 0 there."""
     generator = torch.Generator().manual_seed(0)
