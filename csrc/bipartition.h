@@ -15,8 +15,6 @@ namespace SMA_ISA {
 // The pair, the step that led to it, and where it is wrong: in this order in memory.
 enum Part : int { kBest = 0, kStep = kPair, kWrong = 2 * kPair };
 constexpr int kSpan = 3 * kPair;
-constexpr double kSudden = 100;  // times less error after one product,
-constexpr int kProbes = 8;       // and so many more then
 
 template <class T>
 class Cut : CutMatrix<T> {
@@ -51,11 +49,10 @@ class Cut : CutMatrix<T> {
   using Base = CutMatrix<T>;
   using Base::a, Base::b, Base::n, Base::padded, Base::tokens, Base::root, Base::trivial;
 
-  float* const vectors;     // [kSpan][padded], orthonormal
-  float* const products;    // of the matrix with them
-  bool there[kSpan] = {};   // else the vector is 0
-  double error_before = 1;  // of the first of the pair, a product ago
-  int waits = 0;            // products until it is believed
+  float* const vectors;    // [kSpan][padded], orthonormal
+  float* const products;   // of the matrix with them
+  bool there[kSpan] = {};  // else the vector is 0
+  double remembered = 0;   // error of the first of the pair
 
   float* vector(int j) const { return vectors + j * padded; }
   float* product(int j) const { return products + j * padded; }
@@ -109,13 +106,10 @@ class Cut : CutMatrix<T> {
     // the second may be as much larger as it is wrong
     const double second = there[1] ? values[1] + errors[1] : 0, gap = values[0] - second;
     const bool settled = !there[1] || errors[1] <= kSettled * gap;
-    // one that is exact all at once may be one of several, as rows that repeat make them: what is
-    // equal to it shows in the products that follow
-    if (error_before > larger(a.tol * gap, kSudden * errors[0])) waits = kProbes;
-    else if (waits > 0) --waits;
-    error_before = errors[0];
-    return (waits == 0 || !more) && values[0] > kNothing && gap > kLeastGap * values[0] &&
-           settled && errors[0] <= a.tol * gap && labels_follow(errors[0] / gap);
+    remembered = larger(kFades * remembered, errors[0]);
+    const bool sudden = remembered > larger(a.tol * gap, kSudden * errors[0]);
+    return !(more && sudden) && values[0] > kNothing && gap > kLeastGap * values[0] && settled &&
+           errors[0] <= a.tol * gap && labels_follow(errors[0] / gap);
   }
 
   // Column kStep + j of `turn` becomes the step to best vector j: what that has of all but the best

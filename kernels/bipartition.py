@@ -19,6 +19,8 @@ _NOTHING = tl.constexpr(1e-6)  # eigenvalues up to here count as 0
 _LEAST_GAP = tl.constexpr(2e-5)  # of the eigenvalue: floats cannot tell less from a tie
 _SETTLED = tl.constexpr(0.5)  # of the gap, that the second eigenvector may be wrong
 _FEWEST = tl.constexpr(3)  # products: before, one of equal eigenvalues may show alone
+_SUDDEN = tl.constexpr(1000.0)  # times less error than is remembered: exact all at once, as rows
+_FADES = tl.constexpr(0.25)  # that repeat make it; what is equal shows until the memory has faded
 _SIGN_TIE = tl.constexpr(1e-3)  # entries within this share of the largest count as large,
 _ZERO = tl.constexpr(1e-4)  # and up to this share of it as 0, but for rounding
 _SHORTEST = tl.constexpr(1.17549435e-38)  # a row shorter than a normal number counts as 0
@@ -164,6 +166,7 @@ def bipartition_kernel(
     value = tl.zeros([], tl.float64)
     near = number < 0
     turn = iterations * 0
+    remembered = tl.zeros([], tl.float32)  # error
     while (turn < iterations) & (near == 0) & (wrong == 0) & (number > 1):
         v0 = orthonormal(y0, trivial, zero, valid, 2 * turn)
         v1 = tl.where(number > 2, orthonormal(y1, trivial, v0, valid, 2 * turn + 1), 0.0)
@@ -202,10 +205,14 @@ def bipartition_kernel(
         second += error1
         apart = value - second > _LEAST_GAP * value
         gap = tl.where(apart, value - second, 1.0).to(tl.float32)
-        angle = tl.sqrt(tl.sum(rest0 * rest0)) / gap
+        error = tl.sqrt(tl.sum(rest0 * rest0))
+        angle = error / gap
         near = (value > _NOTHING) & apart & (angle <= tol)
         turn += 1
-        near &= (error1 <= _SETTLED * gap) & ((turn >= _FEWEST) | (number <= 3))
+        remembered = tl.maximum(_FADES * remembered, error)
+        sudden = remembered > tl.maximum(tol * tl.where(apart, gap, 0.0), _SUDDEN * error)
+        told = (turn >= _FEWEST) & (sudden == 0)
+        near &= (error1 <= _SETTLED * gap) & (told | (number <= 3))
         near &= labels_follow(first * root, valid, n, angle)
 
     found = value > _NOTHING

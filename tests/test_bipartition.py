@@ -52,6 +52,13 @@ NOTHING = {
 }
 
 
+def choice_for(backend, *, fast, interpreted, emulated=None):
+    """Returns the choice for how this backend runs here: on a CPU, Triton and CUDA take long."""
+    if backend.backend in ("cpu", "reference") or str(backend.device) != "cpu":
+        return fast
+    return interpreted if backend.backend == "triton" or emulated is None else emulated
+
+
 def cut(backend, rows, **options):
     return call(OP, backend.inputs({"embeddings": torch.tensor([rows])} | options))
 
@@ -158,6 +165,7 @@ def test_ties_are_not_known(backend, method, iterations):
     """Two opposite pairs at right angles, in all orders: either pair could be the cut."""
     four = torch.tensor([X, [-1.0, 0.0], Y, [0.0, -1.0]])
     x = torch.stack([four[list(order)] for order in itertools.permutations(range(4))])
+    x = x[:: choice_for(backend, fast=1, interpreted=8)]
     options = {"method": method, "iterations": iterations}
     for some in (x, x.repeat(1, 5, 1)):
         found = call(OP, backend.inputs({"embeddings": some} | options))
@@ -168,14 +176,14 @@ def test_ties_are_not_known(backend, method, iterations):
 @pytest.mark.parametrize("tokens, width", ((4, 2), (4, 3), (8, 3), (16, 3)))
 def test_rows_of_signs(backend, method, tokens, width):
     """Often several eigenvalues are equal, and products with the matrix are exact."""
-    native = backend.backend in ("cpu", "reference") or str(backend.device) != "cpu"
+    batch = choice_for(backend, fast=400, emulated=30, interpreted=4)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 2, (400 if native else 30, tokens, width), generator=generator) * 2.0 - 1
+    x = torch.randint(0, 2, (batch, tokens, width), generator=generator) * 2.0 - 1
     inputs = backend.inputs({"embeddings": x, "method": method})
     found, expected = call(OP, inputs), backend.expected(OP, inputs)
     assert not bool((found.converged & ~expected.converged).any())
     assert_same(found.labels[found.converged], expected.labels[found.converged])
-    assert float(found.converged.float().mean()) > 0.8
+    assert float(found.converged.float().mean()) > (0.8 if batch > 10 else 0)
 
 
 def one_hot_rows(counts, orders):
@@ -197,9 +205,10 @@ def one_hot_rows(counts, orders):
 )
 def test_groups_at_right_angles_of_two_sizes(backend, method, counts):
     """Several eigenvalues are equal: a pair of vectors may find one of them before the others."""
-    native = backend.backend in ("cpu", "reference") or str(backend.device) != "cpu"
-    inputs = backend.inputs({"embeddings": one_hot_rows(counts, 200 if native else 4)})
-    found = call(OP, inputs | {"method": method, "iterations": 64 if native else 12})
+    orders = choice_for(backend, fast=200, emulated=4, interpreted=2)
+    inputs = backend.inputs({"embeddings": one_hot_rows(counts, orders)})
+    iterations = choice_for(backend, fast=64, interpreted=12)
+    found = call(OP, inputs | {"method": method, "iterations": iterations})
     assert not bool(found.converged.any())
 
 

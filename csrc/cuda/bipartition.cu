@@ -31,6 +31,7 @@ class Cut : CutMatrix<T, kStay> {
     if (finite && size > 0) {
       this->find_degrees();
       for (unsigned i = threadIdx.x; i < n; i += kThreads) vectors[i] = float4{0, 0, 0, 0};
+      if (threadIdx.x == 0) s.remembered = 0;
       for (int j = 0; j < size; ++j) this->start(j, 0);
       for (int j = 0; j < size; ++j) this->gram_schmidt(j, 0);
       for (unsigned i = 0; i < a.iterations && !converged; ++i) {

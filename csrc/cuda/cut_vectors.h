@@ -9,8 +9,9 @@ namespace cuda {
 
 constexpr float kEnough = 0.1f;  // of a vector's square, left beside those before it
 
-struct CutShared {
+struct alignas(sizeof(float4)) CutShared {
   double turn[kVectors][kVectors], values[kVectors];
+  float remembered;  // error of the first vector
   SumsShared sums;
 };
 static_assert(sizeof(CutShared) % sizeof(float4) == 0);
@@ -196,6 +197,10 @@ class CutVectors : protected BlockSums {
     const float error = sqrtf(static_cast<float>(errors[0]));
     const float wrong = size > 1 ? sqrtf(static_cast<float>(errors[1])) : 0.0f;
     const float gap = static_cast<float>(s.values[0] - (size > 1 ? s.values[1] : 0.0)) - wrong;
+    const float remembered = fmaxf(kFades * s.remembered, error);
+    __syncthreads();  // all have read it
+    if (threadIdx.x == 0) s.remembered = remembered;
+    if (n - 1 > kVectors && remembered > fmaxf(tol * gap, kSudden * error)) return false;
     if (!(value > kNothing && gap > kLeastGap * value)) return false;
     if (!(error <= tol * gap && wrong <= kSettled * gap)) return false;
     return labels_follow(error / gap);
