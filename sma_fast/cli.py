@@ -228,10 +228,9 @@ def _data_arguments(parser: argparse.ArgumentParser, named: bool) -> None:
     )
     data.add_argument("--resize", metavar="FILTER", help="bring pictures to --size")
     data.add_argument("--size", nargs=2, type=_positive, metavar=("H", "W"), help="of pictures")
-    if parser.prog.split()[-1] != "show":
-        data.add_argument(
-            "--skip-damaged", action="store_true", help="leave damaged pictures out, and count them"
-        )
+    data.add_argument(
+        "--skip-damaged", action="store_true", help="leave damaged pictures out, and count them"
+    )
     data.add_argument("--cache", metavar="DIR", help="folder of converted files")
 
 

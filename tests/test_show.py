@@ -1,5 +1,6 @@
 """sma-fast show: what is drawn, and that it is drawn."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,17 @@ def test_a_picture(tmp_path, encoder, mask, channels):
     if channels == 3:
         file = np.asarray(Image.open(tmp_path / "pictures" / "cat" / "0.png")) / 255
         np.testing.assert_allclose(rows[0].true, file, atol=1e-5)
+
+
+def test_damaged_pictures_are_left_out(tmp_path, capsys):
+    folder, data = pictures(tmp_path)
+    cat = tmp_path / "pictures" / "cat" / "0.png"
+    cat.write_bytes(cat.read_bytes()[:-40])
+    with pytest.raises(DataError, match="--skip-damaged"):
+        prepare(folder, data, rows=2)
+    rows = prepare(folder, dataclasses.replace(data, skip_damaged=True), rows=1)[1]
+    assert [row.place for row in rows] == ["pictures/dog/0.png"]
+    assert "1 damaged pictures left out" in capsys.readouterr().err
 
 
 def test_pictures_of_any_range(tmp_path):

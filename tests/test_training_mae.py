@@ -354,6 +354,10 @@ def test_a_damaged_picture(
     assert "got no whole picture" in refused(evaluated, capsys)
     assert call([*evaluated, "--skip-damaged"]) == 0
     assert json.loads(capsys.readouterr().out)["damaged_left_out"] == 2
+    drawn = ["show", tmp_path / "out", pictures, "--cache", place / "cache", "--row", "4"]
+    drawn += ["--out", tmp_path / "masks.png", "--skip-damaged"]
+    assert call(drawn) == 0
+    assert "row 4 (" in (line := capsys.readouterr().out) and "04.png" in line
 
 
 def test_a_part_with_damaged_pictures_only(

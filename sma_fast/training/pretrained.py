@@ -65,7 +65,7 @@ def _refuse_mae(folder: Path) -> None:
     if holds_mae(folder):
         raise checkpoints.CheckpointError(
             f"{folder}: holds a masked autoencoder of pictures (pretrain --model mae), allowed is "
-            "another model: finetune takes none"
+            "another model (sma-fast show draws this one)"
         )
 
 

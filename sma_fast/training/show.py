@@ -103,7 +103,7 @@ def prepare(
             f"{folder}: holds a fine-tuned model, which masks nothing: name the folder of sma-fast "
             "pretrain that it was trained from"
         )
-    model, inputs, dataset = open_pretrained(folder, data, called="input")
+    model, inputs, dataset = open_pretrained(folder, data, "input", WholePictures(data))
     model.eval()
     numbers = _numbers(len(dataset), rows, chosen, seed)
     examples, table = Examples(dataset, inputs), arrow(dataset, inputs.columns)
