@@ -102,6 +102,18 @@ def test_failures_are_kept_and_do_not_stop_the_next(
     assert "tests: FAILED" in capsys.readouterr().out
 
 
+def test_no_sanitizer_is_no_proof(
+    a_single_run: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(gpu_stages, "_compute_sanitizer", lambda: None)
+    status, result = call(tmp_path, "--only", "sanitizer")
+    assert status == 1 and "sanitizer: FAILED" in capsys.readouterr().out
+    assert result["sanitizer"]["memcheck"]["status"].startswith("not run: no compute-sanitizer")
+
+
 def test_benchmarks_go_on_with_what_is_missing(
     a_single_run: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

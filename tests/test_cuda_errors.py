@@ -67,8 +67,8 @@ def test_a_device_that_is_not_there(emulated, monkeypatch, op):
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_a_batch_in_turns_ends_with_the_first_error(emulated, monkeypatch, name):
-    """Queries too many for one launch: the launches behind the one that failed are left out."""
+def test_all_blocks_at_once_that_fail(emulated, monkeypatch, name):
+    """Queries too many for the kernel of one launch: these take another way."""
     monkeypatch.setenv("SMA_EMULATED_ERROR", str(ERRORS[name][0]))
     query, key = torch.randn(1, 1, 4200, 4), torch.randn(1, 1, 40, 4)
     with pytest.raises(RuntimeError, match=rf"^sma_fast\.attention_scores .*{ERRORS[name][1]}"):
@@ -83,6 +83,18 @@ def test_more_tokens_than_ids_count(emulated):
         sma_fast.gather_tokens(many, ids)
     with pytest.raises(ValueError, match=r"^visible, fill: got 2147483649 tokens, allowed is"):
         sma_fast.restore_tokens(many, ids, torch.zeros(1, dtype=torch.float16))
+
+
+def test_more_samples_than_a_launch_has_blocks(emulated, monkeypatch):
+    """Refused before memory is touched, which is of a small batch here."""
+    module = _native._module()
+    select = module.select_tokens
+    monkeypatch.setattr(
+        module, "select_tokens", lambda *given: select(*given[:4], 1 << 31, *given[5:])
+    )
+    said = r"scores \(2147483648, 7\): the samples are more .*\. Take a smaller batch$"
+    with pytest.raises(RuntimeError, match=said):
+        sma_fast.select_tokens(torch.randn(2, 7), num_masked=3)
 
 
 def test_heads_too_wide_for_shared_memory(emulated):

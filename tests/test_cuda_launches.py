@@ -1,4 +1,4 @@
-"""How many kernels CUDA's self_guided_masking launches: one, where the keys of a head fit."""
+"""How many kernels CUDA's self_guided_masking launches: one where a head's keys fit, else few."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sma_fast
+from sma_fast import _native
 from sma_fast.testing import assert_same_selection, call, guided_inputs
 
 pytestmark = pytest.mark.emulated
@@ -20,8 +21,15 @@ ONE = {
     "8192 tokens of 64 features": (FLOAT, {**LONG, "width": 64}),
     "8192 tokens of 128 features": (HALF, {**LONG, "width": 128}),
 }
-# scores in three launches, selection, and one for each gather
-SEVERAL = {"8192 tokens of 128 features": (FLOAT, {**LONG, "width": 128}, 5)}
+# whatever the batch: scores, selection, and one for each gather
+FEW = 3
+WIDE = {**LONG, "width": 128}
+SEVERAL = {
+    "8192 tokens of 128 features": WIDE,
+    "a turn for every sample": {**WIDE, "batch": 3},
+    "turns for every head": {**WIDE, "heads": 2, "queries": 30, "selected": 20},
+}
+ROWS_OF_A_TURN = 4  # of 32 parts and the whole, at 8 bytes
 
 
 def launches(inputs: dict, file: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -48,9 +56,9 @@ def test_one_launch(emulated, monkeypatch, tmp_path, name):
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_a_few_launches(emulated, monkeypatch, tmp_path, name):
-    dtype, options, expected = SEVERAL[name]
-    found = launches(guided_inputs(dtype, **options), tmp_path / "launches", monkeypatch)
-    assert found == expected
+    monkeypatch.setattr(_native, "_SCRATCH", ROWS_OF_A_TURN * 33 * 8)
+    inputs = guided_inputs(FLOAT, **SEVERAL[name])
+    assert launches(inputs, tmp_path / "launches", monkeypatch) == FEW
 
 
 def test_one_launch_of_many_samples(emulated, monkeypatch, tmp_path):

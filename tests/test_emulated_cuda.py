@@ -179,6 +179,28 @@ def test_memory_of_a_block_that_left_its_cluster(kernels: Kernels):
     assert not torch.equal(sums.long() // 10, each)
 
 
+def test_all_blocks_wait_for_each_other(kernels: Kernels, seed: None):
+    numbers, sums = integers(4), integers(5, 4, 64)
+    kernels.grid_sums(True, True, 4, 64, 5, numbers, sums)
+    assert torch.equal(
+        sums, 10 * torch.arange(1, 6, dtype=torch.int32)[:, None, None].expand(5, 4, 64)
+    )
+
+
+def test_a_missing_grid_barrier_shows(kernels: Kernels):
+    numbers, sums = torch.zeros(4, dtype=torch.int32), integers(5, 4, 64)
+    kernels.grid_sums(False, True, 4, 64, 5, numbers, sums)
+    assert not (sums[0] == 10).all()
+
+
+def test_grid_barriers_need_all_blocks_at_once(kernels: Kernels):
+    numbers, sums = integers(5), integers(5, 64)
+    with pytest.raises(RuntimeError, match=r"a grid of \(5, 1, 1\) blocks, all at once"):
+        kernels.grid_sums(True, True, 5, 64, 1, numbers, sums)
+    with pytest.raises(RuntimeError, match="grid_sync in a launch that is not together"):
+        kernels.grid_sums(True, False, 4, 64, 1, numbers, sums)
+
+
 def test_copies_arrive_with_the_wait(kernels: Kernels, seed: None):
     rows = integers(9, 96, 4)
     out, unwaited = torch.empty_like(rows), torch.empty_like(rows)

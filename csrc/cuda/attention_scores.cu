@@ -1,7 +1,8 @@
-// attention_scores on a GPU, where the keys of a sample are too many for one launch (else
-// self_guided_masking.cu): the sums of every row of attention, from parts of the keys; these parts
-// put together; and with them the sums of every column. Rows whose sums are more than the scratch
-// memory holds are taken in turns.
+// attention_scores on a GPU, where the keys of a sample are too many for a cluster of blocks (else
+// self_guided_masking.cu). As many blocks as the GPU runs at once go through three stages together:
+// the sums of every row of attention, from parts of the keys; these parts put together; and with
+// them the sums of every column. Rows whose sums are more than the scratch memory holds are taken
+// in turns, in the same launch.
 #include <algorithm>
 
 #include "kernels.h"
@@ -11,190 +12,235 @@ namespace sma {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostSplits = 32;  // parts of the keys
-constexpr int64_t kMostRows = 4096;  // of a head, in one turn
-constexpr unsigned kTurnWarps = 8;   // of a block, at most
+constexpr int kPartRows = kMostRowTiles * kRowTile;  // whose sums a block makes at a time,
+constexpr int64_t kMostParts = 32;                   // in so many parts, of rows and of keys
+constexpr int64_t kMostRows = 512;                   // of a head, in one turn: leaves more samples
+constexpr unsigned kTurnWarps = 8;                   // of a block, at most
 
-// What one turn looks at.
-struct Turn {
-  int64_t sample, samples, head, heads, row, rows;  // the first, and how many
-  int64_t splits, split_keys;                       // parts of the keys, and keys of each
+// How samples, heads and rows are taken in turns, and keys apart.
+struct Turns {
+  int samples, heads, rows;  // of a turn, at most
+  int row_parts;             // of kPartRows
+  int splits, split_keys;    // parts of the keys, and keys of each
+  int blocks;                // of keys
   ScoreMemory memory;
-  RowSum* parts;  // [sample][head][split][row]
   RowSum* whole;  // [sample][head][row]: sum is one over it
+  RowSum* parts;  // [sample][head][split][row]
 };
 
 struct TurnShared {
-  RowSum sums[kMostRowTiles * kRowTile][kTurnWarps];
+  RowSum sums[kPartRows][kTurnWarps];
   int counts[kTurnWarps];
 };
 
 template <int kType>
-__global__ void __launch_bounds__(kTurnWarps* kWarp,
-                                  score_blocks(kType, kFewTiles, kScoreMajor, kTurnWarps))
-    row_sums_kernel(const __grid_constant__ AttentionScoresArgs a,
-                    const __grid_constant__ Turn turn) {
-  using Score = Scorer<kType, kFewTiles>;
-  char* const memory = shared_memory();
-  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(warps()));
-  int* const rows = reinterpret_cast<int*>(&shared + 1);
-  const int64_t split = blockIdx.x % turn.splits, at = blockIdx.x / turn.splits;
-  const int64_t head = turn.head + at % turn.heads, b = turn.sample + at / turn.heads;
-  const RowList list = list_rows(a, b, head, turn.row, turn.row + turn.rows, rows, shared.counts);
-  Score scorer(a, turn.memory, b, memory);
-  const int64_t first_key = split * turn.split_keys;
-  const int64_t last_key = min(a.tokens, first_key + turn.split_keys);
-  const int64_t keys = turn.memory.keys(warps());
-  for (int first = 0; first < list.count; first += turn.memory.chunk_rows()) {
-    const int count = min(turn.memory.chunk_rows(), list.count - first);
-    // a warp keeps its own sums of the chunk's rows
-    for (unsigned i = lane(); i < turn.memory.chunk_rows(); i += kWarp)
-      shared.sums[i][warp()] = {-kInfinity, 0.0f};
-    scorer.stage_queries(0, head, list, first);
-    for (int64_t key = first_key; key < last_key; key += keys) {
-      if (first == 0 || last_key - first_key > keys) {  // else they are there
-        scorer.look_at(key, last_key);
-        scorer.stage_keys(0, static_cast<int>(head) / turn.memory.sharing);
+class TurnScores {
+ public:
+  __device__ TurnScores(const AttentionScoresArgs& args, const Turns& turns, char* memory)
+      : a(args),
+        t(turns),
+        memory(memory),
+        shared(*reinterpret_cast<TurnShared*>(memory + turns.memory.bytes(warps()))),
+        list(reinterpret_cast<int*>(&shared + 1)) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (sample = 0; sample < a.batch; sample += t.samples)
+#pragma unroll 1
+      for (head = 0; head < a.heads; head += t.heads) {
+        row = 0;
+        do {
+          samples = min(t.samples, static_cast<int>(a.batch) - sample);
+          heads = min(t.heads, static_cast<int>(a.heads) - head);
+          rows = min(t.rows, static_cast<int>(a.selected) - row);
+          run_turn();
+          row += t.rows;
+        } while (row < a.selected);
       }
-      copy_async_commit();
-      copy_async_wait<0>();
-      __syncthreads();
-      for (int tile = 0; tile * kRowTile < count; ++tile) {
-        typename Score::Logits e;
-        scorer.logits(0, 0, tile, e);
+  }
+
+ private:
+  using Score = Scorer<kType, kFewTiles>;
+
+  const AttentionScoresArgs& a;
+  const Turns& t;
+  char* const memory;
+  TurnShared& shared;
+  int* const list;
+  // of this turn: the first, and how many; 32 bits count all that fits into a GPU
+  int sample = 0, samples = 0, head = 0, heads = 0, row = 0, rows = 0;
+
+  __device__ bool apart() const { return a.reduce == kNone; }
+
+  __device__ void run_turn() {
+    const int step = static_cast<int>(gridDim.x);
+    const int parts = t.row_parts * t.splits;
+    for (int i = static_cast<int>(blockIdx.x); i < samples * heads * parts; i += step)
+      sum_rows(i / parts, i % parts / t.splits, i % t.splits);
+    grid_sync();
+    join_parts();
+    grid_sync();
+    const int items = samples * (apart() ? heads : 1) * t.blocks;
+    for (int i = static_cast<int>(blockIdx.x); i < items; i += step)
+      sum_columns(i / t.blocks, i % t.blocks);
+  }
+
+  __device__ RowList list_rows_of(int64_t b, int h) const {
+    return list_rows(a, b, h, row, row + rows, list, shared.counts);
+  }
+
+  // The sums of one part of the rows of a head, and of the keys.
+  __device__ void sum_rows(int at, int part, int split) {
+    const int h = head + at % heads, b = sample + at / heads;
+    RowList of_head = list_rows_of(b, h);
+    of_head.count = min(of_head.count, (part + 1) * kPartRows);
+    Score scorer(a, t.memory, b, memory);
+    const int first_key = split * t.split_keys;
+    const int last_key = static_cast<int>(min(a.tokens, int64_t{first_key} + t.split_keys));
+    const int keys = t.memory.keys(warps());
+    const int begin = part * kPartRows;
+    for (int first = begin; first < of_head.count; first += t.memory.chunk_rows()) {
+      const int count = min(t.memory.chunk_rows(), of_head.count - first);
+      // a warp keeps its own sums of the chunk's rows
+      for (unsigned i = lane(); i < t.memory.chunk_rows(); i += kWarp)
+        shared.sums[i][warp()] = {-kInfinity, 0.0f};
+      scorer.stage_queries(0, h, of_head, first);
+      for (int64_t key = first_key; key < last_key; key += keys) {
+        if (first == begin || last_key - first_key > keys) {  // else they are there
+          scorer.look_at(key, last_key);
+          scorer.stage_keys(0, h / t.memory.sharing);
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        for (int tile = 0; tile * kRowTile < count; ++tile) {
+          typename Score::Logits e;
+          scorer.logits(0, 0, tile, e);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          RowSum& own = shared.sums[tile * kRowTile + half * 8 + lane() / 4][warp()];
-          const RowSum more = scorer.exponentials(e, half);
-          if (lane() % 4 == 0) own = join(own, more);
+          for (int half = 0; half < 2; ++half) {
+            RowSum& own = shared.sums[tile * kRowTile + half * 8 + lane() / 4][warp()];
+            const RowSum more = scorer.exponentials(e, half);
+            if (lane() % 4 == 0) own = join(own, more);
+          }
+        }
+        __syncthreads();
+      }
+      RowSum* parts = t.parts + (at * t.splits + split) * rows + first;
+      for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        RowSum sum = shared.sums[i][0];
+        for (unsigned w = 1; w < warps(); ++w) sum = join(sum, shared.sums[i][w]);
+        parts[i] = sum;
+      }
+      __syncthreads();
+    }
+  }
+
+  // Puts the parts of each row together. Rows that no query takes hold nothing, and are not read.
+  __device__ void join_parts() {
+    const int total = samples * heads * rows, threads = static_cast<int>(gridDim.x * blockDim.x);
+    for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < total; i += threads) {
+      const RowSum* parts = t.parts + i / rows * t.splits * rows + i % rows;
+      RowSum sum = parts[0];
+      for (int split = 1; split < t.splits; ++split) sum = join(sum, parts[split * rows]);
+      t.whole[i] = {sum.most, sum.sum == 0.0f ? 0.0f : 1.0f / sum.sum};
+    }
+  }
+
+  // Adds this turn's rows to the columns of one block of keys.
+  __device__ void sum_columns(int at, int block) {
+    const int64_t first_key = int64_t{block} * t.memory.keys(warps());
+    const int64_t b = sample + (apart() ? at / heads : at);
+    const int first_head = head + (apart() ? at % heads : 0);
+    const int last_head = apart() ? first_head + 1 : head + heads;
+    Score scorer(a, t.memory, b, memory);
+    scorer.look_at(first_key, min(a.tokens, first_key + t.memory.keys(warps())));
+    for (int h = first_head; h < last_head; ++h) {
+      const RowList of_head = list_rows_of(b, h);
+      const RowSum* whole = t.whole + ((b - sample) * heads + h - head) * rows;
+      if (of_head.count > 0) scorer.stage_keys(0, h / t.memory.sharing);
+      for (int first = 0, buffer = 0; first < of_head.count;
+           first += t.memory.chunk_rows(), buffer ^= 1) {
+        if (first == 0) scorer.stage_queries(buffer, h, of_head, first);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        if (first + t.memory.chunk_rows() < of_head.count)
+          scorer.stage_queries(buffer ^ 1, h, of_head, first + t.memory.chunk_rows());
+        for (int tile = 0; tile < t.memory.row_tiles; ++tile) {
+          const int left = of_head.count - first - tile * kRowTile;
+          if (left <= 0) break;
+          typename Score::Logits e;
+          scorer.logits(0, buffer, tile, e);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = half * 8 + static_cast<int>(lane() / 4);
+            const RowSum sum = i < left ? whole[first + tile * kRowTile + i] : RowSum{0.0f, 0.0f};
+            scorer.exponentials(e, half, sum.most);
+            scorer.add(e, half, sum.sum);
+          }
         }
       }
-      __syncthreads();
+      __syncthreads();  // keys and queries are taken
     }
-    RowSum* parts = turn.parts + (at * turn.splits + split) * turn.rows + first;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      RowSum sum = shared.sums[i][0];
-      for (unsigned w = 1; w < warps(); ++w) sum = join(sum, shared.sums[i][w]);
-      parts[i] = sum;
-    }
-    __syncthreads();
+    float factor = 1.0f;
+    if (a.reduce == kMean && a.head_index == nullptr) factor /= static_cast<float>(a.heads);
+    float* scores = a.scores + (apart() ? b * a.heads + first_head : b) * a.tokens;
+    const bool adds = row > 0 || (!apart() && head > 0);
+    scorer.take_columns(
+        [&](int n, float sum) { scores[n] = (adds ? scores[n] : 0.0f) + sum * factor; });
   }
-}
-
-// Puts the parts of each row together. Rows that no query takes hold nothing, and are not read.
-__global__ void __launch_bounds__(256)
-    join_kernel(const __grid_constant__ Turn turn, int64_t total) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= total) return;
-  const RowSum* parts = turn.parts + i / turn.rows * turn.splits * turn.rows + i % turn.rows;
-  RowSum sum = parts[0];
-  for (int64_t split = 1; split < turn.splits; ++split) sum = join(sum, parts[split * turn.rows]);
-  turn.whole[i] = {sum.most, sum.sum == 0.0f ? 0.0f : 1.0f / sum.sum};
-}
+};
 
 template <int kType>
 __global__ void __launch_bounds__(kTurnWarps* kWarp,
                                   score_blocks(kType, kFewTiles, kScoreMajor, kTurnWarps))
-    column_sums_kernel(const __grid_constant__ AttentionScoresArgs a,
-                       const __grid_constant__ Turn turn, int64_t blocks, bool adds) {
-  using Score = Scorer<kType, kFewTiles>;
-  char* const memory = shared_memory();
-  auto& shared = *reinterpret_cast<TurnShared*>(memory + turn.memory.bytes(warps()));
-  int* const rows = reinterpret_cast<int*>(&shared + 1);
-  const int64_t keys = turn.memory.keys(warps());
-  const bool apart = a.reduce == kNone;
-  const int64_t first_key = blockIdx.x % blocks * keys, at = blockIdx.x / blocks;
-  const int64_t b = turn.sample + (apart ? at / turn.heads : at);
-  const int64_t first_head = turn.head + (apart ? at % turn.heads : 0);
-  const int64_t last_head = apart ? first_head + 1 : turn.head + turn.heads;
-  Score scorer(a, turn.memory, b, memory);
-  scorer.look_at(first_key, min(a.tokens, first_key + keys));
-  for (int64_t head = first_head; head < last_head; ++head) {
-    const RowList list = list_rows(a, b, head, turn.row, turn.row + turn.rows, rows, shared.counts);
-    const RowSum* whole =
-        turn.whole + ((b - turn.sample) * turn.heads + head - turn.head) * turn.rows;
-    if (list.count > 0) scorer.stage_keys(0, static_cast<int>(head) / turn.memory.sharing);
-    for (int first = 0, buffer = 0; first < list.count;
-         first += turn.memory.chunk_rows(), buffer ^= 1) {
-      if (first == 0) scorer.stage_queries(buffer, head, list, first);
-      copy_async_commit();
-      copy_async_wait<0>();
-      __syncthreads();
-      if (first + turn.memory.chunk_rows() < list.count)
-        scorer.stage_queries(buffer ^ 1, head, list, first + turn.memory.chunk_rows());
-      for (int tile = 0; tile < turn.memory.row_tiles; ++tile) {
-        const int left = list.count - first - tile * kRowTile;
-        if (left <= 0) break;
-        typename Score::Logits e;
-        scorer.logits(0, buffer, tile, e);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = half * 8 + static_cast<int>(lane() / 4);
-          const RowSum sum = row < left ? whole[first + tile * kRowTile + row] : RowSum{0.0f, 0.0f};
-          scorer.exponentials(e, half, sum.most);
-          scorer.add(e, half, sum.sum);
-        }
-      }
-    }
-    __syncthreads();  // keys and queries are taken
-  }
-  float factor = 1.0f;
-  if (a.reduce == kMean && a.head_index == nullptr) factor /= static_cast<float>(a.heads);
-  float* scores = a.scores + (apart ? b * a.heads + first_head : b) * a.tokens;
-  scorer.take_columns(
-      [&](int n, float sum) { scores[n] = (adds ? scores[n] : 0.0f) + sum * factor; });
+    turns_kernel(const __grid_constant__ AttentionScoresArgs a,
+                 const __grid_constant__ Turns turns) {
+  TurnScores<kType>(a, turns, shared_memory()).run();
 }
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 template <int kType>
 int in_turns(const AttentionScoresArgs& a, const Place& place) {
-  Turn turn = {};
-  const int64_t most_rows = std::min(std::max<int64_t>(a.selected, 1), kMostRows);
+  Turns turns = {};
+  const int64_t selected = std::max<int64_t>(a.selected, 1);
+  const int64_t most_rows = std::min(selected, kMostRows);
   const int64_t extra = sizeof(TurnShared) + most_rows * sizeof(int);
-  const int64_t room_of_block = limits_of(place.device).shared_bytes;
-  unsigned warps = kTurnWarps * 2;
-  do {  // fewer where rows are so long that not a tile of keys fits for each
-    warps /= 2;
-    turn.memory = score_memory(a, warps, kFewTiles, a.tokens, 1, room_of_block - extra);
-  } while (turn.memory.tiles == 0 && warps > 1);
-  if (turn.memory.tiles == 0) return kRowsTooLong;
-  const int64_t keys = turn.memory.keys(warps);
-  const int64_t blocks = parts(a.tokens, keys);
-  turn.split_keys = parts(blocks, kMostSplits) * keys;
-  turn.splits = parts(a.tokens, turn.split_keys);
-  const int64_t room = a.scratch_bytes / static_cast<int64_t>((turn.splits + 1) * sizeof(RowSum));
-  const int64_t rows = std::min(most_rows, room);
-  const int64_t heads = std::min(a.heads, room / rows);
+  const DeviceLimits limits = limits_of(place.device);
+  const int64_t sharing = score_blocks(kType, kFewTiles, limits.major, kTurnWarps);
+  unsigned warps = kTurnWarps;
+  const auto plan = [&](int64_t blocks) {  // for so many on a multiprocessor
+    const int64_t room = (limits.shared_bytes - (blocks - 1) * kReservedShared) / blocks - extra;
+    turns.memory = score_memory(a, warps, kFewTiles, a.tokens, 1, room);
+    return turns.memory.tiles > 0;
+  };
+  if (!plan(sharing))
+    while (!plan(1) && warps > 1) warps /= 2;  // rows so long that not a tile fits for each
+  if (turns.memory.tiles == 0) return kRowsTooLong;
+  const int64_t keys = turns.memory.keys(warps), blocks = parts(a.tokens, keys);
+  // a few rows have many parts of the keys
+  const int64_t most_splits = std::max<int64_t>(kMostParts / parts(selected, kPartRows), 1);
+  const int64_t split_keys = parts(blocks, most_splits) * keys;
+  const int64_t splits = parts(a.tokens, split_keys);
+  const int64_t room = a.scratch_bytes / static_cast<int64_t>((splits + 1) * sizeof(RowSum));
+  const int64_t rows = std::min(most_rows, room), heads = std::min(a.heads, room / rows);
   const int64_t samples = heads == a.heads ? std::min(a.batch, room / rows / heads) : 1;
-  const unsigned threads = warps * kWarp;
-  const size_t bytes = turn.memory.bytes(warps) + extra;
-  int error = 0;
-  for (turn.sample = 0; turn.sample < a.batch && error == 0; turn.sample += samples)
-    for (turn.head = 0; turn.head < a.heads && error == 0; turn.head += heads)
-      for (turn.row = 0; turn.row == 0 || (turn.row < a.selected && error == 0); turn.row += rows) {
-        turn.samples = std::min(samples, a.batch - turn.sample);
-        turn.heads = std::min(heads, a.heads - turn.head);
-        turn.rows = std::min(rows, a.selected - turn.row);
-        const int64_t total = turn.samples * turn.heads * turn.rows;
-        turn.whole = static_cast<RowSum*>(a.scratch);
-        turn.parts = turn.whole + total;
-        const int64_t outputs = turn.samples * (a.reduce == kNone ? turn.heads : 1);
-        const bool adds = turn.row > 0 || (a.reduce != kNone && turn.head > 0);
-        if (total > 0)
-          error = launch(row_sums_kernel<kType>,
-                         {dim3(static_cast<unsigned>(turn.samples * turn.heads * turn.splits)),
-                          threads, bytes},
-                         place, a, turn);
-        if (error == 0 && total > 0)
-          error = launch(join_kernel, {dim3(static_cast<unsigned>(parts(total, 256))), 256}, place,
-                         turn, total);
-        if (error == 0)
-          error = launch(column_sums_kernel<kType>,
-                         {dim3(static_cast<unsigned>(outputs * blocks)), threads, bytes}, place, a,
-                         turn, blocks, adds);
-      }
-  return error;
+  turns.samples = static_cast<int>(samples);
+  turns.heads = static_cast<int>(heads);
+  turns.rows = static_cast<int>(rows);
+  turns.row_parts = static_cast<int>(parts(rows, kPartRows));
+  turns.splits = static_cast<int>(splits);
+  turns.split_keys = static_cast<int>(split_keys);
+  turns.blocks = static_cast<int>(blocks);
+  turns.whole = static_cast<RowSum*>(a.scratch);
+  turns.parts = turns.whole + samples * heads * rows;
+  const int64_t items = samples * std::max(heads * turns.row_parts * splits,
+                                           (a.reduce == kNone ? heads : 1) * blocks);
+  Grid grid = {dim3(static_cast<unsigned>(items)), warps * kWarp,
+               turns.memory.bytes(warps) + static_cast<size_t>(extra)};
+  grid.prefers_shared = grid.together = true;
+  return launch(turns_kernel<kType>, grid, place, a, turns);
 }
 
 }  // namespace

@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, bool kStay>
 int launch_cut(const BipartitionArgs& a, unsigned blocks, int64_t places, const Place& place) {
+  if (a.batch * blocks > INT32_MAX) return kTooManySamples;
   const CutMemory memory = CutMatrix<T, kStay>::memory(a.tokens, blocks, places);
   const Grid grid = {dim3(static_cast<unsigned>(a.batch) * blocks), kThreads,
                      static_cast<size_t>(memory.bytes), blocks};

@@ -67,6 +67,8 @@ std::string error_text(int error) {
   if (error == kTooManyTokens)
     return "the tokens of a sample are too many for this GPU's shared memory. Use the backend "
            "reference, or triton where a sample has at most 2048 tokens";
+  if (error == kTooManySamples)
+    return "the samples are more than one launch has blocks for. Take a smaller batch";
   const auto code = static_cast<cudaError_t>(error);
   std::string text = cudaGetErrorString(code);
   if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction)

@@ -1,11 +1,13 @@
 // What the CUDA kernels share: instructions that CUDA C++ has no word for, and how one is launched.
 // Compiled by another compiler than nvcc, it is the emulator of the tests (tests/emulated_cuda).
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels.h"
 
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #else
@@ -111,6 +113,9 @@ __device__ inline T* cluster_map(T* shared, unsigned) {
 }
 #endif
 
+// All blocks of a grid that is launched together wait for each other, and see what was written.
+__device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
+
 #endif  // __CUDACC__
 
 // Where a thread is in its block.
@@ -125,6 +130,7 @@ struct Grid {
   size_t shared_bytes = 0;
   unsigned cluster = 1;
   bool prefers_shared = false;  // memory to L1: more blocks fit
+  bool together = false;        // grid_sync: no more blocks than the GPU runs at once
 };
 
 // What a device has, asked once unless that fails. The major version is that of the code that runs
@@ -170,18 +176,32 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, const Place& pla
     allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits_of(place.device).shared_bytes);
   if (grid.prefers_shared) allow(cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   if (grid.cluster > 8) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  unsigned blocks = grid.blocks.x;
+  if (grid.together) {
+    int of_each = 0;
+    if (error == cudaSuccess)
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &of_each, kernel, static_cast<int>(grid.threads), grid.shared_bytes);
+    const int at_once = of_each * limits_of(place.device).multiprocessors;
+    blocks = std::min(blocks, static_cast<unsigned>(at_once));
+  }
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = grid.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute = {};
+  if (grid.together) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = grid.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid.blocks;
+  config.gridDim = dim3(blocks, grid.blocks.y, grid.blocks.z);
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(place.stream);
-  config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = grid.together || grid.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(arguments)...);
 }
 

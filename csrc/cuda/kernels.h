@@ -14,6 +14,8 @@ constexpr int kRowsTooLong = -1;
 constexpr int kNotAtOnce = -2;
 // The vectors of a sample of so many tokens are too long for it.
 constexpr int kTooManyTokens = -3;
+// A launch has no blocks for so many samples.
+constexpr int kTooManySamples = -4;
 
 struct Place {
   int device;

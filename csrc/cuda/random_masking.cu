@@ -139,7 +139,7 @@ int copy_visible(const RandomMaskingArgs& a, const Place& place) {
   if (on.error() != cudaSuccess) return on.error();
   const int64_t parts =
       std::max((bytes + kPartBytes - 1) / kPartBytes, (g.visible + kPartRows - 1) / kPartRows);
-  if (g.batch * parts > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (g.batch * parts > INT32_MAX) return kTooManySamples;
   const Grid grid = {dim3(static_cast<unsigned>(g.batch * parts)), kCopyThreads,
                      sizeof(unsigned) * (kPartRows + 2)};
   return launch(bytes < kSmallCopy ? copy_visible_kernel<uint32_t> : copy_visible_kernel<uint64_t>,

@@ -14,6 +14,7 @@ constexpr unsigned kScoreWarps = 16;  // of a block, at most
 constexpr unsigned kWideWarps = 8;    // the same where a warp takes more registers
 constexpr int kFewTiles = 8;          // of a warp,
 constexpr int kManyTiles = 16;        // and where the warps are fewer
+constexpr int64_t kReservedShared = 1 << 10;  // bytes of each block's that CUDA takes
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLeastFactor = 1e-37f;  // instead of 0, which times -inf would be NaN
 

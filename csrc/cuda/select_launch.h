@@ -77,7 +77,7 @@ int launch_select(const typename Output::Args& a, const Place& place) {
   const int64_t room = limits.shared_bytes - static_cast<int64_t>(sizeof(SelectShared));
   const int64_t most_held = room / static_cast<int64_t>(sizeof(uint4)) * 4;
   const int64_t blocks = blocks_of_row(a, limits, most_held);
-  if (a.batch * blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (a.batch * blocks > INT32_MAX) return kTooManySamples;
   const int64_t part = (a.tokens + blocks - 1) / blocks;
   const bool held = part <= most_held, plain = is_plain(a);
   Grid grid = {dim3(static_cast<unsigned>(a.batch * blocks)), threads_of(part, limits.major),

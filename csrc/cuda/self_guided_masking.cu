@@ -11,10 +11,9 @@ namespace sma {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostListed = 4096;        // queries of a sample, and heads
-constexpr unsigned kPortableCluster = 8;     // blocks, on every GPU that has clusters
-constexpr int kMostGroups = 8;               // of heads
-constexpr size_t kReservedShared = 1 << 10;  // bytes that CUDA takes of each block's shared memory
+constexpr int64_t kMostListed = 4096;     // queries of a sample, and heads
+constexpr unsigned kPortableCluster = 8;  // blocks, on every GPU that has clusters
+constexpr int kMostGroups = 8;            // of heads
 
 template <int kType, int kTiles>
 __global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWarp, 1)
@@ -77,7 +76,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   };
   const auto plan_for = [&](unsigned blocks, bool shares_keys) {
     // two blocks on a multiprocessor go before a second place for keys
-    const int64_t half = (limits.shared_bytes - int64_t{kReservedShared}) / 2;
+    const int64_t half = (limits.shared_bytes - kReservedShared) / 2;
     Plan best = {};
     for (const int64_t room : {half, int64_t{limits.shared_bytes}})
       for (const int buffers : {2, 1}) {

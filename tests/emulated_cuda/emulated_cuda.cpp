@@ -199,7 +199,7 @@ void start_cluster(const Launch& launch, uint3 origin) {
   const unsigned warps = (threads + kLanes - 1) / kLanes;
   ready.clear();
   for (unsigned rank = 0; rank < cluster.size; ++rank) {
-    const dim3 c = launch.cluster;
+    const dim3 c = launch.cooperative ? launch.grid : launch.cluster;
     Fiber* first = &fibers[rank * threads];
     Block& block = cluster.blocks[rank];
     block.index = {origin.x + rank % c.x, origin.y + rank / c.x % c.y, origin.z + rank / c.x / c.y};
@@ -270,7 +270,7 @@ int barrier_wait(Barrier& barrier, const char* name, int predicate) {
 std::string run(const Launch& launch) {
   const std::lock_guard<std::mutex> guard(one_launch);
   const CatchFaults catch_faults;
-  const dim3 b = launch.block, c = launch.cluster;
+  const dim3 b = launch.block, c = launch.cooperative ? launch.grid : launch.cluster;
   const unsigned threads = b.x * b.y * b.z, size = c.x * c.y * c.z;
   const char* seed = getenv("SMA_EMULATED_SEED");
   random_state = (seed == nullptr ? 0 : strtoull(seed, nullptr, 10)) * 0x9E3779B97F4A7C15 + 1;
@@ -280,6 +280,7 @@ std::string run(const Launch& launch) {
   kernel = &launch.kernel;
   failure.clear();
   cluster.size = size;
+  cluster.cooperative = launch.cooperative;
   cluster.shared_bytes = launch.shared_bytes;
   cluster.shared_stride = (launch.shared_bytes + kGuard + kSharedAlignment - 1) & -kSharedAlignment;
   cluster.blocks.resize(size);

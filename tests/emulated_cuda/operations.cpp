@@ -151,14 +151,15 @@ void mma_tf32(void* const* operands) {  // the low 13 bits are not looked at
 }
 
 char* cluster_map(char* at, unsigned rank) {
-  const char* own = current->block->shared;
-  if (rank >= cluster.size)
-    fail("cluster_map to block " + std::to_string(rank) + " of " + std::to_string(cluster.size));
+  char* own = current->block->shared;
+  const unsigned size = cluster.cooperative ? 1 : cluster.size;
+  if (rank >= size)
+    fail("cluster_map to block " + std::to_string(rank) + " of " + std::to_string(size));
   if (at < own || at > own + cluster.shared_bytes)
     fail(
         "cluster_map of another address than one "
         "of the block's own shared memory");
-  return cluster.blocks[rank].shared + (at - own);
+  return (cluster.cooperative ? own : cluster.blocks[rank].shared) + (at - own);
 }
 
 void copy_async(void* to, const void* from) {

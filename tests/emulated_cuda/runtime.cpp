@@ -10,6 +10,7 @@ namespace {
 constexpr size_t kPortableShared = 48 << 10;
 constexpr unsigned kMostThreads = 1024, kMostGrid = 65535;
 constexpr unsigned kPortableCluster = 8;
+constexpr int kMultiprocessors = 4;
 
 // SMA_EMULATED_ARCH=80 makes it an older GPU.
 int arch() {
@@ -108,7 +109,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (device != 0) return cudaSetDevice(device);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 4;
+      *value = kMultiprocessors;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       *value = arch() / 10;
@@ -145,6 +146,13 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                          int threads, size_t shared_bytes) {
+  *blocks =
+      threads <= static_cast<int>(kMostThreads) && shared_bytes <= attributes_of(kernel).shared;
+  return cudaSuccess;
+}
+
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config) {
   const unsigned most = attributes_of(kernel).large_clusters ? most_cluster() : kPortableCluster;
@@ -161,10 +169,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
   if (chosen != cudaSuccess) return report(chosen, words_of(chosen));
   const dim3 grid = config.gridDim, block = config.blockDim;
   dim3 cluster;
+  bool cooperative = false;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& a = config.attrs[i];
     if (a.id == cudaLaunchAttributeClusterDimension)
       cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
+    else if (a.id == cudaLaunchAttributeCooperative) cooperative = a.val.cooperative != 0;
   }
   const Attributes allowed = attributes_of(key);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
@@ -186,8 +196,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
   if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0)
     return report(cudaErrorInvalidConfiguration,
                   "a grid of " + text(grid) + " blocks in clusters of " + text(cluster));
+  if (cooperative && uint64_t{grid.x} * grid.y * grid.z > kMultiprocessors)
+    return report(cudaErrorCooperativeLaunchTooLarge,
+                  "a grid of " + text(grid) + " blocks, all at once");
   const std::string failure =
-      run({grid, block, cluster, config.dynamicSmemBytes, std::move(kernel)});
+      run({grid, block, cluster, cooperative, config.dynamicSmemBytes, std::move(kernel)});
   return failure.empty() ? cudaSuccess : report(cudaErrorLaunchFailure, failure);
 }
 

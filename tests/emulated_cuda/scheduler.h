@@ -74,9 +74,11 @@ struct Fiber {
   int uncommitted;
 };
 
-// A cluster of blocks, all running at once; without clusters, one block.
+// A cluster of blocks, all running at once; without clusters, one block. Of a cooperative launch it
+// is the whole grid, in which every block is a cluster of its own.
 struct Cluster {
   unsigned size;
+  bool cooperative;
   size_t shared_bytes, shared_stride;  // of a block, and from one block to the next
   std::vector<Block> blocks;
   std::vector<Warp> warps;
@@ -85,6 +87,7 @@ struct Cluster {
 
 struct Launch {
   dim3 grid, block, cluster;
+  bool cooperative;
   size_t shared_bytes;
   std::function<void()> kernel;
 };

@@ -103,6 +103,19 @@ __global__ void cluster_sums(const int* values, int* sums) {
   if (kStays) cluster_sync();  // before its memory goes
 }
 
+// every block writes its number, then adds up those of all
+template <bool kSynchronized>
+__global__ void grid_sums(int* numbers, int* sums, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    if (threadIdx.x == 0) numbers[blockIdx.x] = static_cast<int>(blockIdx.x + 1) * (round + 1);
+    if (kSynchronized) grid_sync();
+    int sum = 0;
+    for (unsigned i = 0; i < gridDim.x; ++i) sum += numbers[i];
+    sums[(round * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x] = sum;
+    if (kSynchronized) grid_sync();
+  }
+}
+
 // each thread keeps two copies under way
 template <int kLeft>
 __global__ void copy_rows(const uint4* from, uint4* to, int rows) {
@@ -156,14 +169,20 @@ __global__ void only_shuffles(int* out, int count) {
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                   unsigned cluster, Arguments... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
+                   cudaLaunchAttribute attribute, Arguments... arguments) {
   cudaLaunchConfig_t config = {grid, block, shared, nullptr, &attribute, 1};
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaPeekAtLastError() || error != cudaGetLastError()) return "no last error";
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                   unsigned cluster, Arguments... arguments) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  return launch(kernel, grid, block, shared, attribute, arguments...);
 }
 
 }  // namespace
@@ -194,6 +213,14 @@ EXPORT const char* run_cluster_sums(bool stays, int blocks, int cluster, int thr
                                     const int* values, int* sums) {
   return launch(stays ? cluster_sums<true> : cluster_sums<false>, blocks, threads,
                 sizeof(int) * threads, cluster, values, sums);
+}
+EXPORT const char* run_grid_sums(bool synchronized, bool cooperative, int blocks, int threads,
+                                 int rounds, int* numbers, int* sums) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = cooperative;
+  return launch(synchronized ? grid_sums<true> : grid_sums<false>, blocks, threads, 0, attribute,
+                numbers, sums, rounds);
 }
 EXPORT const char* run_copy_rows(bool waits, int threads, int rows, const uint4* from, uint4* to) {
   return launch(waits ? copy_rows<1> : copy_rows<2>, 1, threads, 32 * threads, 1, from, to, rows);

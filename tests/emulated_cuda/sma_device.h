@@ -67,9 +67,21 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   emulated::mma(emulated::kMmaTf32, d, a, b0, b1);
 }
 
-inline unsigned cluster_rank() { return emulated::current->block->rank; }
-inline unsigned cluster_size() { return emulated::cluster.size; }
-inline void cluster_sync() { emulated::barrier_wait(emulated::cluster.barrier, "cluster_sync", 0); }
+inline unsigned cluster_rank() {
+  return emulated::cluster.cooperative ? 0 : emulated::current->block->rank;
+}
+inline unsigned cluster_size() {
+  return emulated::cluster.cooperative ? 1 : emulated::cluster.size;
+}
+inline void cluster_sync() {
+  const bool alone = emulated::cluster.cooperative;
+  emulated::barrier_wait(alone ? emulated::current->block->barrier : emulated::cluster.barrier,
+                         "cluster_sync", 0);
+}
+inline void grid_sync() {
+  if (!emulated::cluster.cooperative) emulated::fail("grid_sync in a launch that is not together");
+  emulated::barrier_wait(emulated::cluster.barrier, "grid_sync", 0);
+}
 template <class T>
 T* cluster_map(T* shared, unsigned rank) {
   return reinterpret_cast<T*>(emulated::cluster_map(reinterpret_cast<char*>(shared), rank));
