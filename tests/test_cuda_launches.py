@@ -1,4 +1,4 @@
-"""How many kernels CUDA's self_guided_masking launches: one where a head's keys fit, else few."""
+"""How many kernels CUDA's self_guided_masking launches: one, but for very long rows."""
 
 from pathlib import Path
 
@@ -21,12 +21,11 @@ ONE = {
     "8192 tokens of 64 features": (FLOAT, {**LONG, "width": 64}),
     "8192 tokens of 128 features": (HALF, {**LONG, "width": 128}),
 }
-# whatever the batch: scores, selection, and one for each gather
-FEW = 3
+# keys that no cluster of blocks holds, in turns
 WIDE = {**LONG, "width": 128}
-SEVERAL = {
+TURNS = {
     "8192 tokens of 128 features": WIDE,
-    "a turn for every sample": {**WIDE, "batch": 3},
+    "a turn for every sample": {**WIDE, "batch": 3, "padding": "left"},
     "turns for every head": {**WIDE, "heads": 2, "queries": 30, "selected": 20},
 }
 ROWS_OF_A_TURN = 4  # of 32 parts and the whole, at 8 bytes
@@ -54,11 +53,19 @@ def test_one_launch(emulated, monkeypatch, tmp_path, name):
     assert launches(guided_inputs(dtype, **options), tmp_path / "launches", monkeypatch) == 1
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_a_few_launches(emulated, monkeypatch, tmp_path, name):
+@pytest.mark.parametrize("name", TURNS)
+def test_one_launch_in_turns(emulated, monkeypatch, tmp_path, name):
     monkeypatch.setattr(_native, "_SCRATCH", ROWS_OF_A_TURN * 33 * 8)
-    inputs = guided_inputs(FLOAT, **SEVERAL[name])
-    assert launches(inputs, tmp_path / "launches", monkeypatch) == FEW
+    inputs = guided_inputs(FLOAT, **TURNS[name])
+    assert launches(inputs, tmp_path / "launches", monkeypatch) == 1
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+def test_rows_too_long_for_one_block_to_select(emulated, monkeypatch, tmp_path, batch):
+    """Scores, selection and the one gather have a launch each, whatever the batch."""
+    monkeypatch.setattr(_native, "_SCRATCH", ROWS_OF_A_TURN * 33 * 8)
+    inputs = guided_inputs(**{**LONG, "batch": batch, "tokens": 60_000, "width": 4})
+    assert launches(inputs, tmp_path / "launches", monkeypatch) == 3
 
 
 def test_one_launch_of_many_samples(emulated, monkeypatch, tmp_path):

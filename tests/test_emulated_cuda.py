@@ -334,8 +334,8 @@ def test_the_kernels_of_gpus_without_clusters():
     ops = ("attention_scores", "self_guided_masking", "random_masking")
     files = [f"tests/test_{op}.py" for op in ops]
     some = "test_literal or test_cases and float32 or turns or too_long or many_blocks"
-    some = f"cuda-emulated and ({some})"
-    run_kernels(files, some, SMA_EMULATED_ARCH="80")
+    some = f"cuda-emulated and ({some}) or test_one_launch_in_turns"
+    run_kernels([*files, "tests/test_cuda_launches.py"], some, SMA_EMULATED_ARCH="80")
 
 
 def test_the_kernels_of_gpus_without_room_for_large_clusters():

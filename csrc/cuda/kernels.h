@@ -10,7 +10,7 @@ namespace cuda {
 
 // Beside CUDA's errors: queries and keys are too wide for shared memory.
 constexpr int kRowsTooLong = -1;
-// The keys of a sample are too many for one launch: take several.
+// It does not go in that one launch: take another way.
 constexpr int kNotAtOnce = -2;
 // The vectors of a sample of so many tokens are too long for it.
 constexpr int kTooManyTokens = -3;
@@ -23,9 +23,11 @@ struct Place {
 };
 
 int attention_scores(const AttentionScoresArgs& a, const Place& place);
-// The same in one launch, or kNotAtOnce.
-int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place);
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
+// Both in one launch; without `selects` scores only. At once: where a cluster of blocks holds the
+// keys of a sample; in turns: where a block selects the tokens of one. Else kNotAtOnce.
+int masking_at_once(const SelfGuidedMaskingArgs& a, bool selects, const Place& place);
+int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& place);
 int random_masking(const RandomMaskingArgs& a, const Place& place);
 int bipartition(const BipartitionArgs& a, const Place& place);
 int gather_tokens(const GatherTokensArgs& a, const Place& place);

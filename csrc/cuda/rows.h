@@ -146,13 +146,13 @@ __device__ Words<Index> share_of_words(int64_t rows, int64_t row_words, unsigned
           static_cast<Index>(all * (rank + 1) / blocks), Divisor<Index>(row_words)};
 }
 
-// A cluster gathers a sample's rows, of fewer than kSmallCopy words.
-__device__ inline void gather_sample(const GatherTokensArgs& a, int64_t sample) {
+// Block `rank` of `blocks` gathers its part of a sample's rows, of fewer than kSmallCopy words.
+__device__ inline void gather_sample(const GatherTokensArgs& a, int64_t sample, unsigned rank,
+                                     unsigned blocks) {
   with_word(word_bits(a), [&](auto word) {
     using Word = decltype(word);
     const int64_t row_words = a.row_bytes / static_cast<int64_t>(sizeof(Word));
-    const auto words =
-        share_of_words<uint32_t>(a.visible, row_words, cluster_rank(), cluster_size());
+    const auto words = share_of_words<uint32_t>(a.visible, row_words, rank, blocks);
     copy_rows(static_cast<Word*>(a.out) + sample * a.visible * row_words, words, threadIdx.x,
               blockDim.x, GatherRows(a, sample));
   });

@@ -1,5 +1,5 @@
-// self_guided_masking in one launch, and attention_scores where it can share it: a block, or from
-// sm_90 on a cluster of blocks, takes a sample from its keys to its gathered rows.
+// self_guided_masking on a GPU, and attention_scores where it can share the kernel: a block, or
+// from sm_90 on a cluster of blocks, takes a sample from its keys to its gathered rows.
 #include <algorithm>
 
 #include "kernels.h"
@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWar
   SampleScores<kType, kTiles>(a.attention, plan, sample, rank, memory).run();
   if (!selects) return;
   select_sample<MaskHighest>(a.select, sample, memory);
-  for (int i = 0; i < a.num_gathers; ++i) gather_sample(a.gathers[i], sample);
+  for (int i = 0; i < a.num_gathers; ++i)
+    gather_sample(a.gathers[i], sample, cluster_rank(), cluster_size());
 }
 
 // A plan for blocks that hold all keys of a sample, or 1 / blocks of them; its warps are 0 where
@@ -113,8 +114,15 @@ MaskingKernel kernel_of(int dtype) {
                               : masking_kernel<kFloat16, kTiles>;
 }
 
-// Launches it where a cluster of blocks can hold the keys of a sample; else kNotAtOnce.
-int launch_masking(const SelfGuidedMaskingArgs& a, bool selects, const Place& place) {
+bool small_rows(const SelfGuidedMaskingArgs& a) {  // whose words 32 bits can count
+  for (int i = 0; i < a.num_gathers; ++i)
+    if (a.gathers[i].visible * a.gathers[i].row_bytes >= kSmallCopy) return false;
+  return true;
+}
+
+}  // namespace
+
+int masking_at_once(const SelfGuidedMaskingArgs& a, bool selects, const Place& place) {
   const OnDevice on(place);
   if (on.error() != cudaSuccess) return on.error();
   const Plan plan = plan_of(a.attention, limits_of(place.device), selects);
@@ -128,25 +136,14 @@ int launch_masking(const SelfGuidedMaskingArgs& a, bool selects, const Place& pl
   return launch(kernel, grid, place, a, plan, selects);
 }
 
-bool small_rows(const SelfGuidedMaskingArgs& a) {  // whose words 32 bits can count
-  for (int i = 0; i < a.num_gathers; ++i)
-    if (a.gathers[i].visible * a.gathers[i].row_bytes >= kSmallCopy) return false;
-  return true;
-}
-
-}  // namespace
-
-int attention_scores_at_once(const AttentionScoresArgs& a, const Place& place) {
-  SelfGuidedMaskingArgs all = {};
-  all.attention = a;
-  return launch_masking(all, false, place);
-}
-
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place) {
   if (a.attention.batch == 0) return 0;
-  int error = small_rows(a) ? launch_masking(a, true, place) : kNotAtOnce;
-  if (error != kNotAtOnce) return error;
-  error = attention_scores(a.attention, place);
+  if (small_rows(a)) {
+    int error = masking_at_once(a, true, place);
+    if (error == kNotAtOnce) error = masking_in_turns(a, true, place);
+    if (error != kNotAtOnce) return error;
+  }
+  int error = attention_scores(a.attention, place);
   if (error == 0) error = select_tokens(a.select, place);
   for (int i = 0; i < a.num_gathers && error == 0; ++i) error = gather_tokens(a.gathers[i], place);
   return error;

@@ -1,0 +1,111 @@
+// self_guided_masking, and attention_scores, where the keys of a sample are too many for a cluster
+// of blocks: one launch in which all blocks wait for each other between the stages.
+#include <algorithm>
+
+#include "kernels.h"
+#include "rows.h"
+#include "select.h"
+#include "turn_scores.h"
+
+namespace sma {
+namespace cuda {
+namespace {
+
+constexpr int64_t kGatherBytes = 64 << 10;  // that a block copies at a time, about
+
+template <int kType>
+__global__ void __launch_bounds__(kTurnWarps* kWarp,
+                                  score_blocks(kType, kFewTiles, kScoreMajor, kTurnWarps))
+    turns_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
+                 const __grid_constant__ Turns turns) {
+  TurnScores<kType>(a.attention, turns, shared_memory()).run();
+  if (!turns.selects) return;
+  grid_sync();
+  const auto batch = static_cast<unsigned>(a.attention.batch);
+  for (unsigned b = blockIdx.x; b < batch; b += gridDim.x)
+    select_sample<MaskHighest>(a.select, b, shared_memory());
+  grid_sync();
+  for (int i = 0; i < a.num_gathers; ++i) {
+    const GatherTokensArgs& gather = a.gathers[i];
+    const auto parts = 1 + static_cast<unsigned>(gather.visible * gather.row_bytes / kGatherBytes);
+    for (unsigned at = blockIdx.x; at < batch * parts; at += gridDim.x)
+      gather_sample(gather, at / parts, at % parts, parts);
+  }
+}
+
+int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// What a launch takes, and how.
+struct TurnsPlan {
+  Turns turns;
+  unsigned warps;      // of a block; 0: heads are too wide
+  size_t bytes, room;  // of a block's shared memory: what scores take, and what there is
+};
+
+TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
+  TurnsPlan plan = {};
+  Turns& t = plan.turns;
+  const int64_t selected = std::max<int64_t>(a.selected, 1);
+  const int64_t most_rows = std::min(selected, kMostRows);
+  const size_t own = sizeof(TurnShared) + static_cast<size_t>(most_rows) * sizeof(int);
+  const auto try_plan = [&](int64_t blocks, unsigned warps) {  // so many on a multiprocessor
+    plan.room =
+        static_cast<size_t>((limits.shared_bytes - (blocks - 1) * kReservedShared) / blocks);
+    t.memory = score_memory(a, warps, kFewTiles, a.tokens, 1,
+                            static_cast<int64_t>(plan.room) - static_cast<int64_t>(own));
+    plan.warps = t.memory.tiles > 0 ? warps : 0;
+    plan.bytes = t.memory.bytes(warps) + own;
+  };
+  try_plan(score_blocks(a.dtype, kFewTiles, limits.major, kTurnWarps), kTurnWarps);
+  // rows so long that not a tile of keys fits for each warp
+  for (unsigned warps = kTurnWarps; plan.warps == 0 && warps > 0; warps /= 2) try_plan(1, warps);
+  if (plan.warps == 0) return plan;
+  const int64_t keys = t.memory.keys(plan.warps), blocks = parts(a.tokens, keys);
+  // a few rows have many parts of the keys
+  const int64_t most_splits = std::max<int64_t>(kMostParts / parts(selected, kPartRows), 1);
+  const int64_t split_keys = parts(blocks, most_splits) * keys;
+  const int64_t splits = parts(a.tokens, split_keys);
+  const int64_t room = a.scratch_bytes / static_cast<int64_t>((splits + 1) * sizeof(RowSum));
+  // rows and heads of a turn do not depend on the batch, nor do the bits of sums
+  const int64_t rows = std::min(most_rows, room), heads = std::min(a.heads, room / rows);
+  const int64_t samples = heads == a.heads ? std::min(a.batch, room / rows / heads) : 1;
+  t.samples = static_cast<int>(samples);
+  t.heads = static_cast<int>(heads);
+  t.rows = static_cast<int>(rows);
+  t.row_parts = static_cast<int>(parts(rows, kPartRows));
+  t.splits = static_cast<int>(splits);
+  t.split_keys = static_cast<int>(split_keys);
+  t.blocks = static_cast<int>(blocks);
+  t.whole = static_cast<RowSum*>(a.scratch);
+  t.parts = t.whole + samples * heads * rows;
+  return plan;
+}
+
+}  // namespace
+
+int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& place) {
+  const OnDevice on(place);
+  if (on.error() != cudaSuccess) return on.error();
+  const AttentionScoresArgs& scores = a.attention;
+  TurnsPlan plan = plan_of(scores, limits_of(place.device));
+  if (plan.warps == 0) return kRowsTooLong;
+  const size_t bytes =
+      selects ? std::max(plan.bytes, select_sample_bytes(scores.tokens)) : plan.bytes;
+  if (bytes > plan.room) return kNotAtOnce;
+  Turns& t = plan.turns;
+  t.selects = selects;
+  const int64_t outputs = scores.reduce == kNone ? t.heads : 1;
+  const int64_t items =
+      std::max(t.samples * std::max<int64_t>(t.heads * t.row_parts * t.splits, outputs * t.blocks),
+               selects ? scores.batch : 1);
+  Grid grid = {dim3(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX))), plan.warps * kWarp,
+               bytes};
+  grid.prefers_shared = grid.together = true;
+  const auto kernel = scores.dtype == kFloat32    ? turns_kernel<kFloat32>
+                      : scores.dtype == kBFloat16 ? turns_kernel<kBFloat16>
+                                                  : turns_kernel<kFloat16>;
+  return launch(kernel, grid, place, a, t);
+}
+
+}  // namespace cuda
+}  // namespace sma

@@ -1,0 +1,194 @@
+// The scores of a batch whose samples have more keys than a cluster of blocks holds. As many blocks
+// as the GPU runs at once go through three stages together: the sums of every row of attention,
+// from parts of the keys; these parts put together; and with them the sums of every column. Rows
+// whose sums are more than the scratch memory holds are taken in turns.
+#pragma once
+#include "scores.h"
+
+namespace sma {
+namespace cuda {
+
+constexpr int kPartRows = kMostRowTiles * kRowTile;  // whose sums a block makes at a time,
+constexpr int64_t kMostParts = 32;                   // in so many parts, of rows and of keys
+constexpr int64_t kMostRows = 512;                   // of a head, in one turn: leaves more samples
+constexpr unsigned kTurnWarps = 8;                   // of a block, at most
+
+// How samples, heads and rows are taken in turns, and keys apart.
+struct Turns {
+  int samples, heads, rows;  // of a turn, at most
+  int row_parts;             // of kPartRows
+  int splits, split_keys;    // parts of the keys, and keys of each
+  int blocks;                // of keys
+  ScoreMemory memory;
+  bool selects;   // tokens too, by the scores
+  RowSum* whole;  // [sample][head][row]: sum is one over it
+  RowSum* parts;  // [sample][head][split][row]
+};
+
+struct TurnShared {
+  RowSum sums[kPartRows][kTurnWarps];
+  int counts[kTurnWarps];
+};
+
+template <int kType>
+class TurnScores {
+ public:
+  __device__ TurnScores(const AttentionScoresArgs& args, const Turns& turns, char* memory)
+      : a(args),
+        t(turns),
+        memory(memory),
+        shared(*reinterpret_cast<TurnShared*>(memory + turns.memory.bytes(warps()))),
+        list(reinterpret_cast<int*>(&shared + 1)) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (sample = 0; sample < a.batch; sample += t.samples)
+#pragma unroll 1
+      for (head = 0; head < a.heads; head += t.heads) {
+        row = 0;
+        do {
+          run_turn();
+          row += t.rows;
+        } while (row < a.selected);
+      }
+  }
+
+ private:
+  using Score = Scorer<kType, kFewTiles>;
+
+  const AttentionScoresArgs& a;
+  const Turns& t;
+  char* const memory;
+  TurnShared& shared;
+  int* const list;
+  int sample = 0, head = 0, row = 0;  // the turn's first; 32 bits count all that fits into a GPU
+
+  __device__ int samples() const { return min(t.samples, static_cast<int>(a.batch) - sample); }
+  __device__ int heads() const { return min(t.heads, static_cast<int>(a.heads) - head); }
+  __device__ int rows() const { return min(t.rows, static_cast<int>(a.selected) - row); }
+
+  __device__ bool apart() const { return a.reduce == kNone; }
+
+  __device__ void run_turn() {
+    const int step = static_cast<int>(gridDim.x);
+    const int parts = t.row_parts * t.splits;
+    for (int i = static_cast<int>(blockIdx.x); i < samples() * heads() * parts; i += step)
+      sum_rows(i / parts, i % parts / t.splits, i % t.splits);
+    grid_sync();
+    join_parts();
+    grid_sync();
+    const int items = samples() * (apart() ? heads() : 1) * t.blocks;
+    for (int i = static_cast<int>(blockIdx.x); i < items; i += step)
+      sum_columns(i / t.blocks, i % t.blocks);
+  }
+
+  __device__ RowList list_rows_of(int64_t b, int h) const {
+    return list_rows(a, b, h, row, row + rows(), list, shared.counts);
+  }
+
+  // The sums of one part of the rows of a head, and of the keys.
+  __device__ void sum_rows(int at, int part, int split) {
+    const int h = head + at % heads(), b = sample + at / heads();
+    RowList of_head = list_rows_of(b, h);
+    of_head.count = min(of_head.count, (part + 1) * kPartRows);
+    Score scorer(a, t.memory, b, memory);
+    const int first_key = split * t.split_keys;
+    const int last_key = static_cast<int>(min(a.tokens, int64_t{first_key} + t.split_keys));
+    const int keys = t.memory.keys(warps());
+    const int begin = part * kPartRows;
+    for (int first = begin; first < of_head.count; first += t.memory.chunk_rows()) {
+      const int count = min(t.memory.chunk_rows(), of_head.count - first);
+      // a warp keeps its own sums of the chunk's rows
+      for (unsigned i = lane(); i < t.memory.chunk_rows(); i += kWarp)
+        shared.sums[i][warp()] = {-kInfinity, 0.0f};
+      scorer.stage_queries(0, h, of_head, first);
+      for (int64_t key = first_key; key < last_key; key += keys) {
+        if (first == begin || last_key - first_key > keys) {  // else they are there
+          scorer.look_at(key, last_key);
+          scorer.stage_keys(0, h / t.memory.sharing);
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        for (int tile = 0; tile * kRowTile < count; ++tile) {
+          typename Score::Logits e;
+          scorer.logits(0, 0, tile, e);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            RowSum& own = shared.sums[tile * kRowTile + half * 8 + lane() / 4][warp()];
+            const RowSum more = scorer.exponentials(e, half);
+            if (lane() % 4 == 0) own = join(own, more);
+          }
+        }
+        __syncthreads();
+      }
+      RowSum* parts = t.parts + (at * t.splits + split) * rows() + first;
+      for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        RowSum sum = shared.sums[i][0];
+        for (unsigned w = 1; w < warps(); ++w) sum = join(sum, shared.sums[i][w]);
+        parts[i] = sum;
+      }
+      __syncthreads();
+    }
+  }
+
+  // Puts the parts of each row together. Rows that no query takes hold nothing, and are not read.
+  __device__ void join_parts() {
+    const int total = samples() * heads() * rows(), step = static_cast<int>(gridDim.x * blockDim.x);
+    for (int first = static_cast<int>(blockIdx.x * blockDim.x); first < total; first += step) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      if (i >= total) break;
+      const RowSum* parts = t.parts + i / rows() * t.splits * rows() + i % rows();
+      RowSum sum = parts[0];
+      for (int split = 1; split < t.splits; ++split) sum = join(sum, parts[split * rows()]);
+      t.whole[i] = {sum.most, sum.sum == 0.0f ? 0.0f : 1.0f / sum.sum};
+    }
+  }
+
+  // Adds this turn's rows to the columns of one block of keys.
+  __device__ void sum_columns(int at, int block) {
+    const int64_t first_key = int64_t{block} * t.memory.keys(warps());
+    const int64_t b = sample + (apart() ? at / heads() : at);
+    const int first_head = head + (apart() ? at % heads() : 0);
+    const int last_head = apart() ? first_head + 1 : head + heads();
+    Score scorer(a, t.memory, b, memory);
+    scorer.look_at(first_key, min(a.tokens, first_key + t.memory.keys(warps())));
+    for (int h = first_head; h < last_head; ++h) {
+      const RowList of_head = list_rows_of(b, h);
+      const RowSum* whole = t.whole + ((b - sample) * heads() + h - head) * rows();
+      if (of_head.count > 0) scorer.stage_keys(0, h / t.memory.sharing);
+      for (int first = 0, buffer = 0; first < of_head.count;
+           first += t.memory.chunk_rows(), buffer ^= 1) {
+        if (first == 0) scorer.stage_queries(buffer, h, of_head, first);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        if (first + t.memory.chunk_rows() < of_head.count)
+          scorer.stage_queries(buffer ^ 1, h, of_head, first + t.memory.chunk_rows());
+        for (int tile = 0; tile < t.memory.row_tiles; ++tile) {
+          const int left = of_head.count - first - tile * kRowTile;
+          if (left <= 0) break;
+          typename Score::Logits e;
+          scorer.logits(0, buffer, tile, e);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = half * 8 + static_cast<int>(lane() / 4);
+            const RowSum sum = i < left ? whole[first + tile * kRowTile + i] : RowSum{0.0f, 0.0f};
+            scorer.exponentials(e, half, sum.most);
+            scorer.add(e, half, sum.sum);
+          }
+        }
+      }
+      __syncthreads();  // keys and queries are taken
+    }
+    float factor = 1.0f;
+    if (a.reduce == kMean && a.head_index == nullptr) factor /= static_cast<float>(a.heads);
+    float* scores = a.scores + (apart() ? b * a.heads + first_head : b) * a.tokens;
+    const bool adds = row > 0 || (!apart() && head > 0);
+    scorer.take_columns(
+        [&](int n, float sum) { scores[n] = (adds ? scores[n] : 0.0f) + sum * factor; });
+  }
+};
+
+}  // namespace cuda
+}  // namespace sma
