@@ -21,7 +21,7 @@ struct AttentionScoresArgs {
   int reduce;
   float* scores;  // (B, N), or (B, H, N) for kNone
   int threads;
-  void* scratch;  // on a GPU, where the keys of a sample are too many for one launch
+  void* scratch;  // on a GPU, where a cluster of blocks cannot hold the keys of a sample
   int64_t scratch_bytes;
 };
 

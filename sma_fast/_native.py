@@ -586,7 +586,7 @@ def _where(x: Tensor) -> tuple[int, int]:
 
 
 def _scratch(x: Tensor, needed: bool = True) -> Tensor:
-    # for sums on a GPU: of attention's rows where keys do not fit in one launch, of filled rows
+    # for sums on a GPU: of attention's rows where no cluster holds the keys, of filled rows
     size = _SCRATCH if needed and _backend(x) == "cuda" else 0
     return torch.empty(size, dtype=torch.uint8, device=x.device)
 

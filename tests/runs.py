@@ -9,9 +9,10 @@ import random
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,26 @@ WRITERS = ("torch.save", "safetensors.torch.save_file")
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["sma_fast.cli", "sma_fast.training.run", "sma_fast.models"])
+
+
+def forks(cache: Path) -> SimpleNamespace:
+    """Returns what stands in for multiprocessing in bench.runs: pools of forks.
+
+    Args:
+        cache: the folder of their converted files.
+    """
+
+    def pool(processes: int, initializer: Callable[[], None], maxtasksperchild: int) -> Any:
+        return _forks.Pool(processes, _begin, (initializer, cache), maxtasksperchild)
+
+    return SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=pool))
+
+
+def _begin(initializer: Callable[[], None], cache: Path) -> None:
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = cache
+    initializer()
 
 
 @dataclass

@@ -68,7 +68,7 @@ def test_a_device_that_is_not_there(emulated, monkeypatch, op):
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_all_blocks_at_once_that_fail(emulated, monkeypatch, name):
-    """Queries too many for the kernel of one launch: these take another way."""
+    """Of queries too many for a cluster to list."""
     monkeypatch.setenv("SMA_EMULATED_ERROR", str(ERRORS[name][0]))
     query, key = torch.randn(1, 1, 4200, 4), torch.randn(1, 1, 40, 4)
     with pytest.raises(RuntimeError, match=rf"^sma_fast\.attention_scores .*{ERRORS[name][1]}"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import forks
 
 sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
 
@@ -223,7 +224,10 @@ def test_the_figure_draws_what_training_does_half_way(
     assert dataclasses.asdict(drawn) == dataclasses.asdict(SelfMAEMasking()) and progress == 0.5
 
 
-def test_a_failed_run_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_failed_run_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("bench.runs.multiprocessing", forks(tmp_path / "cache"))
     arguments = ["--data", data, "--out", tmp_path, "--seeds", "1", "--masks", "unknown"]
     code, rows = called(*arguments, "--jobs", "1")
     assert code == 1 and rows == []

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import forks
 
 sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
 
@@ -33,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the runs, which are processes of their own, convert files in a folder of their own."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("bench.runs.multiprocessing", forks(tmp_path / "cache"))
 
 
 def test_runs_are_done_once_and_summed_up(

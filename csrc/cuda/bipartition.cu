@@ -33,10 +33,9 @@ class Cut : CutMatrix<T, kStay> {
       for (unsigned i = threadIdx.x; i < n; i += kThreads) vectors[i] = float4{0, 0, 0, 0};
       if (threadIdx.x == 0) s.remembered = 0;
       for (int j = 0; j < size; ++j) this->start(j, 0);
-      for (int j = 0; j < size; ++j) this->gram_schmidt(j, 0);
       for (unsigned i = 0; i < a.iterations && !converged; ++i) {
-        if (i > 0 && !this->orthogonal_products(size)) {
-          for (unsigned k = threadIdx.x; k < n; k += kThreads) vectors[k] = products[k];
+        if (i == 0 || !this->orthogonal_products(size)) {
+          for (unsigned k = threadIdx.x; k < n && i > 0; k += kThreads) vectors[k] = products[k];
           for (int j = 0; j < size; ++j) this->gram_schmidt(j, i);
         }
         this->multiply();
