@@ -32,6 +32,7 @@ ERRORS = {  # CUDA's number, its words, and what to do
     "without code for it": (98, "invalid device", "set SMA_FAST_CUDA_ARCHS to .* install again"),
     "driver too old": (35, "driver version is insufficient", "update the driver"),
     "PTX too new for the driver": (222, "unsupported toolchain", "update the driver"),
+    "a part of a GPU": (720, "too many blocks in cooperative", "use the backend triton"),
     "out of memory": (2, "out of memory", "Free memory on this GPU, or take a smaller batch"),
 }
 

@@ -79,6 +79,11 @@ std::string error_text(int error) {
     text +=
         ". The driver is older than the nvcc that built sma_fast: update the driver, install "
         "again with an older nvcc, or use the backend triton";
+  else if (code == cudaErrorCooperativeLaunchTooLarge)
+    text +=
+        ". Part of this GPU is kept from this process (by MPS or a green context), where all "
+        "blocks "
+        "must run at once: use the backend triton";
   else if (code == cudaErrorMemoryAllocation)
     text += ". Free memory on this GPU, or take a smaller batch";
   return text;

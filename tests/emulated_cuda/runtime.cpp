@@ -48,6 +48,8 @@ const char* words_of(cudaError_t error) {
       return "no kernel image is available for execution on the device";
     case cudaErrorUnsupportedPtxVersion:
       return "the provided PTX was compiled with an unsupported toolchain.";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
     default:
       return "an error that was chosen";
   }
