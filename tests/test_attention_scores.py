@@ -481,6 +481,7 @@ def test_keys_too_long_to_be_held_at_once(backend, options):
         {"tokens": 9000, "padding": "scattered"},
         {"tokens": 9000, "by_head": True},
         {"queries": 5000, "tokens": 70},
+        {"tokens": 300, "width": 600, "head_reduce": "none"},  # parts of rows in several chunks
     ],
     ids=str,
 )

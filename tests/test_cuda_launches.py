@@ -7,7 +7,7 @@ import torch
 
 import sma_fast
 from sma_fast import _native
-from sma_fast.testing import assert_same_selection, call, guided_inputs
+from sma_fast.testing import assert_same, assert_same_selection, call, guided_inputs
 
 pytestmark = pytest.mark.emulated
 
@@ -43,7 +43,14 @@ def launches(inputs: dict, file: Path, monkeypatch: pytest.MonkeyPatch) -> int:
             mask_ratio=inputs["mask_ratio"],
             key_padding_mask=inputs.get("key_padding_mask"),
         )
+        scores = sma_fast.attention_scores(
+            *(inputs[name] for name in ("query", "key")),
+            **{x: inputs[x] for x in ("query_index", "key_padding_mask") if x in inputs},
+        )
+        visible = [sma_fast.gather_tokens(x, from_scores.ids_visible) for x in inputs["tokens"]]
     assert_same_selection(found.selection, from_scores)
+    torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-6)
+    assert_same(found.visible, visible)
     return len(file.read_bytes())
 
 

@@ -201,6 +201,11 @@ def test_grid_barriers_need_all_blocks_at_once(kernels: Kernels):
         kernels.grid_sums(True, False, 4, 64, 1, numbers, sums)
 
 
+def test_a_block_that_leaves_before_the_others_wait_shows(kernels: Kernels, seed: None):
+    with pytest.raises(RuntimeError, match="returned while others wait|after a block has returned"):
+        kernels.leave_grid(4)
+
+
 def test_copies_arrive_with_the_wait(kernels: Kernels, seed: None):
     rows = integers(9, 96, 4)
     out, unwaited = torch.empty_like(rows), torch.empty_like(rows)

@@ -285,12 +285,28 @@ def test_masked_queries_take_the_keys_padding(backend):
     assert bool((result.selection.mask.gather(1, drawn.clamp(min=0)) | ~inside).all())
 
 
+WIDE_HEADS = [
+    *((torch.float32, 512, 100), (torch.float32, 400, 120), (torch.float32, 800, 40)),
+    (torch.bfloat16, 1024, 100),
+]
 GRADIENTS = [  # every third one under the interpreter: what differs is which ids the rows go by
     pytest.param(
         c, marks=pytest.mark.not_interpreted if i % 3 or str(c) == "long" else (), id=str(c)
     )
     for i, c in enumerate(c for c in CASES[OP] if "values" not in c.options)
 ]
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize("queries", (8, 9, 30))
+@pytest.mark.parametrize("dtype, width, tokens", WIDE_HEADS, ids=str)
+def test_wide_heads(backend, dtype, width, tokens, queries):
+    """Of few tokens: a GPU's blocks that share them have one warp each."""
+    options = {"queries": queries, "selected": queries, "tokens": tokens, "width": width}
+    inputs = backend.inputs(guided_inputs(dtype, **options))
+    found, expected = call(OP, inputs), backend.expected(OP, inputs)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.needs("gather_tokens_backward", "gather_tokens")

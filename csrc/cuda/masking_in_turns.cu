@@ -1,5 +1,5 @@
-// self_guided_masking, and attention_scores, where the keys of a sample are too many for a cluster
-// of blocks: one launch in which all blocks wait for each other between the stages.
+// self_guided_masking, and attention_scores, where neither a block nor a cluster of blocks holds
+// the keys of a sample: one launch in which all blocks wait for each other between the stages.
 #include <algorithm>
 
 #include "kernels.h"
@@ -84,9 +84,10 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
 }  // namespace
 
 int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& place) {
+  const AttentionScoresArgs& scores = a.attention;
+  if (scores.batch > INT32_MAX / 2) return kTooManySamples;  // which are counted in 32 bits
   const OnDevice on(place);
   if (on.error() != cudaSuccess) return on.error();
-  const AttentionScoresArgs& scores = a.attention;
   TurnsPlan plan = plan_of(scores, limits_of(place.device));
   if (plan.warps == 0) return kRowsTooLong;
   const size_t bytes =
@@ -95,11 +96,10 @@ int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& 
   Turns& t = plan.turns;
   t.selects = selects;
   const int64_t outputs = scores.reduce == kNone ? t.heads : 1;
-  const int64_t items =
-      std::max(t.samples * std::max<int64_t>(t.heads * t.row_parts * t.splits, outputs * t.blocks),
-               selects ? scores.batch : 1);
-  Grid grid = {dim3(static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX))), plan.warps * kWarp,
-               bytes};
+  int64_t items =
+      t.samples * std::max<int64_t>(t.heads * t.row_parts * t.splits, outputs * t.blocks);
+  if (selects) items = INT32_MAX;  // all that the GPU runs at once gather
+  Grid grid = {dim3(static_cast<unsigned>(items)), plan.warps * kWarp, bytes};
   grid.prefers_shared = grid.together = true;
   const auto kernel = scores.dtype == kFloat32    ? turns_kernel<kFloat32>
                       : scores.dtype == kBFloat16 ? turns_kernel<kBFloat16>

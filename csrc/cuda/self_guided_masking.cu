@@ -41,7 +41,7 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
   const int64_t few = int64_t{score_warps(a.dtype, kFewTiles, major)} * kFewTiles * 8;
   plan.tiles = keys <= few ? kFewTiles : kManyTiles;
   const unsigned most_warps = score_warps(a.dtype, plan.tiles, major);
-  unsigned warps = 1;
+  unsigned warps = shares_keys ? 2 : 1;  // two tell the other blocks
   while (warps < most_warps && warps * kFewTiles * 8 < keys) warps *= 2;
   const int64_t sets = a.reduce == kNone ? 0 : blocks > 1 && !shares_keys ? groups / blocks : 1;
   const size_t row_sums = sizeof(RowSumPair) * 2 * kRowTile * kPairs;
@@ -90,7 +90,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   };
   if (apart) return plan_for(static_cast<unsigned>(a.heads), false);
   Plan plan = plan_for(1, false);
-  if (plan.warps == 0 && selects)
+  if (plan.warps == 0)
     for (unsigned blocks = 2; plan.warps == 0 && blocks <= most_blocks; blocks *= 2)
       plan = plan_for(blocks, true);
   if (plan.warps == 0 || plan.shares_keys) return plan;

@@ -1,7 +1,7 @@
-// The scores of a batch whose samples have more keys than a cluster of blocks holds. As many blocks
-// as the GPU runs at once go through three stages together: the sums of every row of attention,
-// from parts of the keys; these parts put together; and with them the sums of every column. Rows
-// whose sums are more than the scratch memory holds are taken in turns.
+// The scores of a batch of whose samples no cluster of blocks holds the keys. As many blocks as the
+// GPU runs at once go through three stages together: the sums of every row of attention, from parts
+// of the keys; these parts put together; and with them the sums of every column. Rows whose sums
+// are more than the scratch memory holds are taken in turns.
 #pragma once
 #include "scores.h"
 

@@ -157,7 +157,12 @@ void thread_main() {
     const Fiber& f = warp.first[__builtin_ctz(rest)];
     if (f.operation != nullptr) try_operation(warp, f.operation, f.mask);
   }
-  if (--self.block->barrier.live == 0) finish_block(*self.block);
+  if (--self.block->barrier.live == 0) {
+    finish_block(*self.block);
+    cluster.left = cluster.cooperative;
+    if (cluster.left && cluster.barrier.arrived > 0)
+      fail("returned while others wait in grid_sync");
+  }
   --cluster.barrier.live;
   try_release(self.block->barrier);
   try_release(cluster.barrier);
@@ -281,6 +286,7 @@ std::string run(const Launch& launch) {
   failure.clear();
   cluster.size = size;
   cluster.cooperative = launch.cooperative;
+  cluster.left = false;
   cluster.shared_bytes = launch.shared_bytes;
   cluster.shared_stride = (launch.shared_bytes + kGuard + kSharedAlignment - 1) & -kSharedAlignment;
   cluster.blocks.resize(size);

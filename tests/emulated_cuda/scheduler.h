@@ -78,7 +78,7 @@ struct Fiber {
 // is the whole grid, in which every block is a cluster of its own.
 struct Cluster {
   unsigned size;
-  bool cooperative;
+  bool cooperative, left;              // whether a block of a cooperative launch has returned
   size_t shared_bytes, shared_stride;  // of a block, and from one block to the next
   std::vector<Block> blocks;
   std::vector<Warp> warps;

@@ -116,6 +116,11 @@ __global__ void grid_sums(int* numbers, int* sums, int rounds) {
   }
 }
 
+// one block leaves, the others wait for it
+__global__ void leave_grid() {
+  if (blockIdx.x != 1) grid_sync();
+}
+
 // each thread keeps two copies under way
 template <int kLeft>
 __global__ void copy_rows(const uint4* from, uint4* to, int rows) {
@@ -221,6 +226,12 @@ EXPORT const char* run_grid_sums(bool synchronized, bool cooperative, int blocks
   attribute.val.cooperative = cooperative;
   return launch(synchronized ? grid_sums<true> : grid_sums<false>, blocks, threads, 0, attribute,
                 numbers, sums, rounds);
+}
+EXPORT const char* run_leave_grid(int blocks) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  return launch(leave_grid, blocks, 64, 0, attribute);
 }
 EXPORT const char* run_copy_rows(bool waits, int threads, int rows, const uint4* from, uint4* to) {
   return launch(waits ? copy_rows<1> : copy_rows<2>, 1, threads, 32 * threads, 1, from, to, rows);

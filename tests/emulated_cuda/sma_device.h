@@ -80,6 +80,7 @@ inline void cluster_sync() {
 }
 inline void grid_sync() {
   if (!emulated::cluster.cooperative) emulated::fail("grid_sync in a launch that is not together");
+  if (emulated::cluster.left) emulated::fail("grid_sync after a block has returned");
   emulated::barrier_wait(emulated::cluster.barrier, "grid_sync", 0);
 }
 template <class T>
