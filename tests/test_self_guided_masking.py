@@ -289,6 +289,7 @@ WIDE_HEADS = [
     *((torch.float32, 512, 100), (torch.float32, 400, 120), (torch.float32, 800, 40)),
     (torch.bfloat16, 1024, 100),
 ]
+MANY_QUERIES = {"batch": 2, "heads": 1, "queries": 4200, "selected": 4200, "width": 4}
 GRADIENTS = [  # every third one under the interpreter: what differs is which ids the rows go by
     pytest.param(
         c, marks=pytest.mark.not_interpreted if i % 3 or str(c) == "long" else (), id=str(c)
@@ -302,11 +303,21 @@ GRADIENTS = [  # every third one under the interpreter: what differs is which id
 @pytest.mark.parametrize("queries", (8, 9, 30))
 @pytest.mark.parametrize("dtype, width, tokens", WIDE_HEADS, ids=str)
 def test_wide_heads(backend, dtype, width, tokens, queries):
-    """Of few tokens: a GPU's blocks that share them have one warp each."""
+    """Of few tokens: a GPU's blocks that share them have few warps each."""
     options = {"queries": queries, "selected": queries, "tokens": tokens, "width": width}
     inputs = backend.inputs(guided_inputs(dtype, **options))
     found, expected = call(OP, inputs), backend.expected(OP, inputs)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize("tokens", (0, 30))
+def test_more_queries_than_a_block_lists(backend, tokens):
+    inputs = backend.inputs(guided_inputs(**MANY_QUERIES, tokens=tokens))
+    found, expected = call(OP, inputs), backend.expected(OP, inputs)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
+    assert found.visible[0].shape == expected.visible[0].shape
 
 
 @pytest.mark.needs("gather_tokens_backward", "gather_tokens")

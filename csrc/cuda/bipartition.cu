@@ -35,7 +35,8 @@ class Cut : CutMatrix<T, kStay> {
       for (int j = 0; j < size; ++j) this->start(j, 0);
       for (unsigned i = 0; i < a.iterations && !converged; ++i) {
         if (i == 0 || !this->orthogonal_products(size)) {
-          for (unsigned k = threadIdx.x; k < n && i > 0; k += kThreads) vectors[k] = products[k];
+          if (i > 0)
+            for (unsigned k = threadIdx.x; k < n; k += kThreads) vectors[k] = products[k];
           for (int j = 0; j < size; ++j) this->gram_schmidt(j, i);
         }
         this->multiply();

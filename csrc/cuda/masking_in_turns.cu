@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kTurnWarps* kWarp,
   }
 }
 
-int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // What a launch takes, and how.
 struct TurnsPlan {
@@ -60,11 +60,11 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   // rows so long that not a tile of keys fits for each warp
   for (unsigned warps = kTurnWarps; plan.warps == 0 && warps > 0; warps /= 2) try_plan(1, warps);
   if (plan.warps == 0) return plan;
-  const int64_t keys = t.memory.keys(plan.warps), blocks = parts(a.tokens, keys);
+  const int64_t keys = t.memory.keys(plan.warps), blocks = parts_of(a.tokens, keys);
   // a few rows have many parts of the keys
-  const int64_t most_splits = std::max<int64_t>(kMostParts / parts(selected, kPartRows), 1);
-  const int64_t split_keys = parts(blocks, most_splits) * keys;
-  const int64_t splits = parts(a.tokens, split_keys);
+  const int64_t most_splits = std::max<int64_t>(kMostParts / parts_of(selected, kPartRows), 1);
+  const int64_t split_keys = std::min(parts_of(blocks, most_splits) * keys, a.tokens);
+  const int64_t splits = parts_of(a.tokens, split_keys);
   const int64_t room = a.scratch_bytes / static_cast<int64_t>((splits + 1) * sizeof(RowSum));
   // rows and heads of a turn do not depend on the batch, nor do the bits of sums
   const int64_t rows = std::min(most_rows, room), heads = std::min(a.heads, room / rows);
@@ -72,7 +72,7 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   t.samples = static_cast<int>(samples);
   t.heads = static_cast<int>(heads);
   t.rows = static_cast<int>(rows);
-  t.row_parts = static_cast<int>(parts(rows, kPartRows));
+  t.row_parts = static_cast<int>(parts_of(rows, kPartRows));
   t.splits = static_cast<int>(splits);
   t.split_keys = static_cast<int>(split_keys);
   t.blocks = static_cast<int>(blocks);
@@ -85,6 +85,7 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
 
 int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& place) {
   const AttentionScoresArgs& scores = a.attention;
+  if (scores.tokens == 0) return kNotAtOnce;                 // there are no scores
   if (scores.batch > INT32_MAX / 2) return kTooManySamples;  // which are counted in 32 bits
   const OnDevice on(place);
   if (on.error() != cudaSuccess) return on.error();
