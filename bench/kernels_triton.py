@@ -145,7 +145,7 @@ def _cases() -> dict[str, list[tuple]]:
     image, pixels = empty(1, 8, 512, 64, dtype=half), empty(1, 8, 9216, 64, dtype=half)
     full = (empty(1, 4, 128, 128, dtype=torch.float16), empty(1, 4, 4096, 128, dtype=torch.float16))
     self_query = empty(2, 12, 512, 64, dtype=half)
-    wide = empty(2, 1, 70, 600, dtype=half)
+    wide = empty(2, 1, 70, 600)
     map_ = empty(2, 8, 256, 1024, dtype=half)
     no_share, none = (0.0, None), None
     scores, long, longer = empty(2, 1024), empty(2, 16384), empty(2, 65536)
@@ -157,6 +157,7 @@ def _cases() -> dict[str, list[tuple]]:
             (self_query, self_query, index, heads, padding[:, :512], 0.125, "mean"),
             (empty(2, 8, 128, 32), empty(2, 8, 128, 32), index, none, none, 0.125, "mean"),
             (wide, wide, none, none, none, 0.125, "mean"),
+            (wide.to(half), wide.to(half), none, none, none, 0.125, "mean"),
             (image, pixels, ids(1, 32), none, none, 0.125, "mean"),
             (image.float(), pixels.float(), ids(1, 32), none, none, 0.125, "mean"),
             (*full, none, none, none, 0.125, "none"),

@@ -18,8 +18,20 @@ from .launching import longest, power_of_2, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
+_HELD_BYTES, _CHUNK_BYTES = 256, 128  # of a head's features: kept, or else at a time
 # the interpreter multiplies the bits of bfloat16 as if they were numbers
 _WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def features_of(vectors, use, first, width, BLOCK_WIDTH: tl.constexpr):
+    """Returns the features from `first` on of the vectors that are used, 0 for all others."""
+    column = first + tl.arange(0, BLOCK_WIDTH)
+    return tl.load(
+        vectors[:, None] + column[None, :],
+        mask=use[:, None] & (column < width)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -29,9 +41,9 @@ def rows_of_block(
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Returns selected queries (BLOCK_ROWS, BLOCK_WIDTH), and which of them count for this head.
+    """Returns selected queries (BLOCK_ROWS, BLOCK_WIDTH), where they begin, and which count.
 
-    They are those from `first` on, before `last`.
+    They are those from `first` on, before `last`; another head's do not count.
     """
     at = first + tl.arange(0, BLOCK_ROWS)
     use = at < last
@@ -41,14 +53,8 @@ def rows_of_block(
     if INDEXED:
         place = tl.load(query_index + sample * selected + at, mask=use, other=-1)
         use &= (place >= 0) & (place < queries)
-    column = tl.arange(0, BLOCK_WIDTH)
-    row = sample * sample_stride + head * heads_stride + place * row_stride
-    q = tl.load(
-        query + row[:, None] + column[None, :],
-        mask=use[:, None] & (column < width)[None, :],
-        other=0.0,
-    )
-    return q, use
+    vectors = query + sample * sample_stride + head * heads_stride + place * row_stride
+    return features_of(vectors, use, 0, width, BLOCK_WIDTH), vectors, use
 
 
 @triton.jit
@@ -56,29 +62,43 @@ def keys_of_block(
     key, padding, sample, head, start, tokens, width, sample_stride, head_stride, token_stride,
     padding_stride, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Returns keys (BLOCK, BLOCK_WIDTH), and which of them are valid."""
+    """Returns keys (BLOCK, BLOCK_WIDTH), where they begin, and which are valid."""
     token = start + tl.arange(0, BLOCK)
     valid = token < tokens
     if PADDED:
         valid &= tl.load(padding + sample * padding_stride + token, mask=valid, other=1) == 0
-    column = tl.arange(0, BLOCK_WIDTH)
-    place = sample * sample_stride + head * head_stride
-    place += token.to(tl.int64) * token_stride
-    k = tl.load(
-        key + place[:, None] + column[None, :],
-        mask=valid[:, None] & (column < width)[None, :],
-        other=0.0,
-    )
-    return k, valid
+    vectors = key + sample * sample_stride + head * head_stride + token.to(tl.int64) * token_stride
+    return features_of(vectors, valid, 0, width, BLOCK_WIDTH), vectors, valid
 
 
 @triton.jit
-def logits_of(k, q, valid, scale):
-    """Returns (tokens, rows) logits in powers of two, -inf for padding."""
+def products(k, q):
+    """Returns k q', of float32 to its precision."""
     if _WIDEN:
         k, q = k.to(tl.float32), q.to(tl.float32)
-    s = tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale  # of float32: to its precision
-    return tl.where(valid[:, None], s, float("-inf"))
+    return tl.dot(k, tl.trans(q), input_precision="tf32x3")
+
+
+@triton.jit
+def logits_of(
+    k, keys, valid, q, rows, use, width, scale,
+    BLOCK_WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Returns (tokens, rows) logits in powers of two, -inf for padding.
+
+    Of one chunk of features, `k` and `q` have them all; of several, none is kept.
+    """
+    if CHUNKS == 1:
+        s = products(k, q)
+    else:
+        s = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
+        for chunk in range(CHUNKS):
+            first = chunk * BLOCK_WIDTH
+            s += products(
+                features_of(keys, valid, first, width, BLOCK_WIDTH),
+                features_of(rows, use, first, width, BLOCK_WIDTH),
+            )
+    return tl.where(valid[:, None], s * scale, float("-inf"))
 
 
 # what changes from turn to turn is not worth another kernel
@@ -116,25 +136,28 @@ def attention_scores_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,  # at least N
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,  # at least D
+    BLOCK_WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_WIDTH features; together at least D
 ):
     sample = tl.program_id(0).to(tl.int64) + first_sample
     first = tl.program_id(1)
     total = tl.zeros([BLOCK], tl.float32)
     for at_head in range(first, tl.where(heads_apart != 0, first + 1, heads)):
         head = at_head + sample * 0  # 64 bits, as all that a stride multiplies
-        k, valid = keys_of_block(
+        k, keys, valid = keys_of_block(
             key, padding, sample, head // group, 0, tokens, width, key_batch_stride,
             key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
         )  # fmt: skip
         of_head = tl.zeros([BLOCK], tl.float32)
         for row in range(0, selected, BLOCK_ROWS):
-            q, use = rows_of_block(
+            q, vectors, use = rows_of_block(
                 query, query_index, head_index, sample, head, row, query_head_stride, query_stride,
                 query_batch_stride, queries, selected, selected, width,
                 INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
             )  # fmt: skip
-            s = logits_of(k, q, valid, scale)
+            s = logits_of(
+                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, CHUNKS
+            )  # fmt: skip
             most = tl.max(s, 0)
             p = tl.exp2(s - tl.where(most == float("-inf"), 0.0, most)[None, :])
             amount = tl.sum(p, 0)
@@ -153,6 +176,7 @@ def row_statistics_kernel(
     key_head_stride, key_stride, padding_stride, first_sample, first_head, first_row, rows,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Writes the largest logit of each row of a turn and 1 / its sum, 0 where it does not count.
 
@@ -161,7 +185,7 @@ def row_statistics_kernel(
     sample = tl.program_id(2).to(tl.int64) + first_sample
     head = tl.program_id(1).to(tl.int64) + first_head
     block = tl.program_id(0) * BLOCK_ROWS
-    q, use = rows_of_block(
+    q, vectors, use = rows_of_block(
         query, query_index, head_index, sample, head, first_row + block, query_head_stride,
         query_stride, query_batch_stride, queries, selected, first_row + rows, width,
         INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
@@ -169,11 +193,13 @@ def row_statistics_kernel(
     most = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     amount = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, tokens, BLOCK):
-        k, valid = keys_of_block(
+        k, keys, valid = keys_of_block(
             key, padding, sample, head // group, start, tokens, width, key_batch_stride,
             key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
         )  # fmt: skip
-        s = logits_of(k, q, valid, scale)
+        s = logits_of(
+            k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, CHUNKS
+        )  # fmt: skip
         now = tl.maximum(most, tl.max(s, 0), propagate_nan=tl.PropagateNan.ALL)
         base = tl.where(now == float("-inf"), 0.0, now)
         amount = amount * tl.exp2(most - base) + tl.sum(tl.exp2(s - base[None, :]), 0)
@@ -194,6 +220,7 @@ def column_sums_kernel(
     turn_heads, heads_apart, out_stride, adds, factor,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """As attention_scores_kernel, of one turn and a block of its tokens; for `adds`, to `out`.
 
@@ -207,13 +234,13 @@ def column_sums_kernel(
     total = tl.load(to, mask=(token < tokens) & (adds + token * 0 != 0), other=0.0)
     for turn_head in range(first, tl.where(heads_apart != 0, first + 1, turn_heads)):
         head = first_head + turn_head + sample * 0  # 64 bits, as all that a stride multiplies
-        k, valid = keys_of_block(
+        k, keys, valid = keys_of_block(
             key, padding, sample, head // group, start, tokens, width, key_batch_stride,
             key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
         )  # fmt: skip
         of_head = tl.zeros([BLOCK], tl.float32)
         for row in range(0, rows, BLOCK_ROWS):
-            q, use = rows_of_block(
+            q, vectors, use = rows_of_block(
                 query, query_index, head_index, sample, head, first_row + row, query_head_stride,
                 query_stride, query_batch_stride, queries, selected, first_row + rows, width,
                 INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
@@ -222,7 +249,10 @@ def column_sums_kernel(
             stat = stats + ((tl.program_id(2) * turn_heads + turn_head) * rows + at) * 2
             most = tl.load(stat, mask=at < rows, other=0.0)
             weight = tl.load(stat + 1, mask=at < rows, other=0.0)
-            p = tl.exp2(logits_of(k, q, valid, scale) - most[None, :])
+            s = logits_of(
+                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, CHUNKS
+            )  # fmt: skip
+            p = tl.exp2(s - most[None, :])
             of_head += tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
         total += tl.where(valid, of_head, 0.0)  # a NaN among the keys stays out of padding
     tl.store(to, total * factor, mask=token < tokens)
@@ -255,19 +285,23 @@ def launch(
     strides = (*of_query, *key.stride()[:3], tokens)
     sizes = (heads, heads // kv_heads, queries, selected, tokens, width, scale * _LOG2E)
     block_width = power_of_2(width)
+    if block_width * key.element_size() > _HELD_BYTES:
+        block_width = _CHUNK_BYTES // key.element_size()
+    chunks = triton.cdiv(width, block_width)
     common = (query, key, index, by_head, padding), (*sizes, *strides)
     kinds = {
         "INDEXED": query_index is not None,
         "BY_HEAD": head_index is not None,
         "PADDED": key_padding_mask is not None,
         "BLOCK_WIDTH": block_width,
+        "CHUNKS": chunks,
     }
     scores = torch.empty(shape, dtype=torch.float32, device=key.device)
     chosen = setting("attention_scores", key.device, tokens)
     block = power_of_2(tokens)
     # the tensor cores take a float32 as two numbers, in more shared memory and registers
-    size = 32 if key.dtype == torch.float32 else key.element_size()
-    fits = block * block_width * size <= chosen["most_bytes"]
+    size = 16 if key.dtype == torch.float32 else key.element_size()
+    fits = chunks == 1 and block * block_width * size <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
         if block <= longest("attention_scores", key.device) and fits:
             _at_once(scores, apart, factor, heads, common, kinds, block, chosen)
@@ -313,9 +347,8 @@ def _in_turns(
     inputs, sizes = common
     batch, tokens = scores.shape[0], scores.shape[-1]
     key = inputs[1]
-    row_bytes = kinds["BLOCK_WIDTH"] * key.element_size()
-    of_rows = setting("attention_scores.row_statistics", key.device, row_bytes)
-    of_columns = setting("attention_scores.column_sums", key.device, row_bytes)
+    of_rows = setting("attention_scores.row_statistics", key.device)
+    of_columns = setting("attention_scores.column_sums", key.device)
     blocks = triton.cdiv(tokens, of_columns["tokens"])
     held = turns.SCRATCH // 2  # for the statistics, and for sums of heads
     samples, programs = 0, batch * blocks

@@ -131,7 +131,7 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -
 
 
 def _by_suit(first: Callable, other: Callable) -> Callable:
-    # two that give the same, of which one is slow for some inputs
+    # two that give the same, of which one is slow for some inputs, or has no room for them
     def call(*args):
         return (first if first.suits(*args) else other)(*args)
 

@@ -30,6 +30,7 @@ _ROWS = (*_SCORES, torch.float64)
 
 _LARGE = 1 << 20  # bytes: from here on outputs come from the module, which keeps freed blocks
 _SCRATCH = 1 << 20  # bytes on a GPU, whatever the sizes
+_WIDE_HEAD = 1440  # bytes: of wider ones CUDA's kernels of scores do not fit on every GPU
 _FEW_IDS = 4096  # of a sample: each block of CUDA's backward passes looks at all of them
 _DLPACK = {  # type code and bits, as DLPack counts them
     torch.float32: (2, 32),
@@ -436,12 +437,17 @@ def _packed_and_short(grad, ids, *_) -> bool:
     return grad.is_contiguous() and ids.shape[1] <= _FEW_IDS
 
 
+def _not_wide(query, *_) -> bool:
+    return query.shape[3] * query.element_size() <= _WIDE_HEAD
+
+
 attention_scores.dtypes = _SCORES
 bipartition.dtypes = _SCORES
 informed_scores.dtypes = _SCORES
 aggregate_attention.dtypes = _SCORES
 select_tokens.dtypes = _SCORES
 self_guided_masking.dtypes = _SCORES
+attention_scores.suits = self_guided_masking.suits = _not_wide
 gather_tokens_backward.suits = restore_tokens_backward.suits = _packed_and_short
 gather_tokens_backward.dtypes = _ROWS
 restore_tokens.dtypes = _ROWS

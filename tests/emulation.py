@@ -28,7 +28,7 @@ def why_missing(op: str) -> str | None:
         return "there is a GPU"
     if not shutil.which(builder().COMPILER[0]) or not importlib.util.find_spec("pybind11"):
         return "needs g++ and pybind11"
-    if op not in builder().load().cuda_ops:
+    if not (builder().CSRC / "cuda" / f"{op}.cu").exists():
         return f"no CUDA kernel for {op} yet"
     return None
 

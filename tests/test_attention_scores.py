@@ -493,10 +493,11 @@ def test_sums_of_rows_in_turns(backend, options, monkeypatch):
     torch.testing.assert_close(call(OP, inputs), expected, rtol=3e-5, atol=1e-6)
 
 
-@pytest.mark.not_interpreted
 @pytest.mark.one_instruction_set
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
-def test_wide_heads(backend, dtype):
-    inputs = backend.inputs(attention_inputs(queries=5, tokens=70, width=600, dtype=dtype))
+@pytest.mark.parametrize("width", (130, 600))
+def test_wide_heads(backend, width, dtype):
+    options = {"queries": 5, "tokens": 70, "padding": "scattered", "ragged": True}
+    inputs = backend.inputs(attention_inputs(width=width, dtype=dtype, **options))
     expected = backend.expected(OP, inputs)
     torch.testing.assert_close(call(OP, inputs), expected, rtol=3e-5, atol=1e-6)

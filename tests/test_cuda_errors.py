@@ -8,7 +8,7 @@ import torch
 
 import sma_fast
 from sma_fast import _native
-from sma_fast.testing import CASES, call
+from sma_fast.testing import CASES, NATIVE_DTYPES, call
 
 pytestmark = pytest.mark.emulated
 
@@ -103,3 +103,16 @@ def test_heads_too_wide_for_shared_memory(emulated):
     wide = torch.zeros(1, 1, 2, 40_000)
     with pytest.raises(RuntimeError, match="too wide for this GPU's shared memory. Use the back"):
         sma_fast.attention_scores(wide, wide)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", (30, 3000))
+def test_heads_that_fit_on_every_gpu(emulated, tokens, dtype):
+    """Wider ones are Triton's, where it is. Run for several GPUs in test_emulated_cuda.py."""
+    width = _native._WIDE_HEAD // dtype.itemsize
+    query, key = (
+        torch.randn(1, 1, 3, width, dtype=dtype),
+        torch.randn(1, 1, tokens, width).to(dtype),
+    )
+    sums = sma_fast.attention_scores(query, key).sum()
+    torch.testing.assert_close(sums, torch.tensor(3.0))

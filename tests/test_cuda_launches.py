@@ -1,5 +1,7 @@
-"""How many kernels CUDA's self_guided_masking launches: one, but for very long rows."""
+"""What CUDA launches: one kernel for self_guided_masking, but for very long rows."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,21 @@ TURNS = {
 ROWS_OF_A_TURN = 4  # of 32 parts and the whole, at 8 bytes
 
 
-def launches(inputs: dict, file: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Returns how many there are, once the answer is the reference's."""
+@contextlib.contextmanager
+def noted(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Gives a list that has the blocks of each launch within, at the end."""
+    blocks = []
     file.write_bytes(b"")
     monkeypatch.setenv("SMA_EMULATED_LAUNCHES", str(file))
-    found = call("self_guided_masking", inputs)
+    yield blocks
     monkeypatch.delenv("SMA_EMULATED_LAUNCHES")
+    blocks += map(int, file.read_text().split())
+
+
+def launches(inputs: dict, file: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns how many there are, once the answer is the reference's."""
+    with noted(file, monkeypatch) as blocks:
+        found = call("self_guided_masking", inputs)
     with sma_fast.use_backend("reference"):
         from_scores = sma_fast.select_tokens(
             found.scores,
@@ -51,7 +62,7 @@ def launches(inputs: dict, file: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     assert_same_selection(found.selection, from_scores)
     torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-6)
     assert_same(found.visible, visible)
-    return len(file.read_bytes())
+    return len(blocks)
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -78,3 +89,16 @@ def test_rows_too_long_for_one_block_to_select(emulated, monkeypatch, tmp_path, 
 def test_one_launch_of_many_samples(emulated, monkeypatch, tmp_path):
     inputs = guided_inputs(batch=40, heads=2, queries=9, selected=4, tokens=30, width=16)
     assert launches(inputs, tmp_path / "launches", monkeypatch) == 1
+
+
+@pytest.mark.parametrize("batch", (1, 2))
+def test_a_long_row_has_several_blocks(emulated, monkeypatch, tmp_path, batch):
+    """Of a cluster; without clusters, of a launch whose blocks wait for each other."""
+    scores, noise = torch.randn(batch, 60_000), torch.rand(batch, 60_000)
+    share = {"random_fraction": 0.5, "noise": noise}
+    for options in ({"mask_ratio": 0.3}, {"mask_ratio": 0.0}, {"num_masked": 100, **share}):
+        with noted(tmp_path / "launches", monkeypatch) as blocks:
+            found = sma_fast.select_tokens(scores, **options)
+        assert len(blocks) == 1 and blocks[0] >= 2 * batch
+        with sma_fast.use_backend("reference"):
+            assert_same_selection(found, sma_fast.select_tokens(scores, **options))

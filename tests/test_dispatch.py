@@ -71,8 +71,8 @@ def test_poisoned_memory_shows(poisoned_memory):
     assert bool((torch.empty(5, dtype=torch.int64) == torch.iinfo(torch.int64).max).all())
 
 
-def answered(monkeypatch, grad, width, forced=None, without=()) -> str:
-    """Returns which backend answers for a GPU's gradient and as many ids a sample."""
+def answered(monkeypatch, op, *arguments, forced=None, without=()) -> str:
+    """Returns which backend answers on a GPU."""
 
     def implementation(backend, op, device_type):
         if backend in without:
@@ -86,18 +86,31 @@ def answered(monkeypatch, grad, width, forced=None, without=()) -> str:
 
     monkeypatch.setattr(_dispatch, "implementation", implementation)
     choose = _dispatch._choose.__wrapped__
-    ids = torch.zeros(len(grad), width, dtype=torch.int64)
-    return choose("gather_tokens_backward", "cuda", grad.dtype, forced)(grad, ids, 7)
+    return choose(op, "cuda", arguments[0].dtype, forced)(*arguments)
 
 
 def test_long_and_strided_gradients_are_triton_s(monkeypatch):
     packed, strided = torch.zeros(2, 5, 3), torch.zeros(2, 6, 3)[:, 1:]
-    assert answered(monkeypatch, packed, 5) == "cuda"
-    assert answered(monkeypatch, strided, 5) == "triton"
-    assert answered(monkeypatch, packed, 4097) == "triton"
-    assert answered(monkeypatch, strided, 5, forced="cuda") == "cuda"
-    assert answered(monkeypatch, strided, 5, without=("triton",)) == "cuda"
-    assert answered(monkeypatch, packed, 5, without=("cuda",)) == "triton"
+
+    def answers(grad, width, **options):
+        ids = torch.zeros(len(grad), width, dtype=torch.int64)
+        return answered(monkeypatch, "gather_tokens_backward", grad, ids, 7, **options)
+
+    assert answers(packed, 5) == "cuda"
+    assert answers(strided, 5) == "triton"
+    assert answers(packed, 4097) == "triton"
+    assert answers(strided, 5, forced="cuda") == "cuda"
+    assert answers(strided, 5, without=("triton",)) == "cuda"
+    assert answers(packed, 5, without=("cuda",)) == "triton"
+
+
+@pytest.mark.parametrize("op", ["attention_scores", "self_guided_masking"])
+def test_wide_heads_are_triton_s(monkeypatch, op):
+    for dtype, width in ((torch.float32, 360), (torch.bfloat16, 720)):
+        for more, backend in ((0, "cuda"), (1, "triton")):
+            query = torch.zeros(1, 2, 3, width + more, dtype=dtype)
+            assert answered(monkeypatch, op, query, query) == backend
+            assert answered(monkeypatch, op, query, query, without=("triton",)) == "cuda"
 
 
 def test_ops_and_schemas_agree():

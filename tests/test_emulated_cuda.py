@@ -334,13 +334,27 @@ def run_kernels(files: list[str], only: str, **variables: str) -> None:
     assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-3000:]
 
 
+OF_LAUNCHES = {  # of other GPUs' sizes
+    "errors": "test_heads_that_fit_on_every_gpu",
+    "launches": "test_one_launch_in_turns or test_a_long_row_has_several_blocks",
+}
+
+
 def test_the_kernels_of_gpus_without_clusters():
     """As the first architecture that is built has them."""
-    ops = ("attention_scores", "self_guided_masking", "random_masking")
-    files = [f"tests/test_{op}.py" for op in ops]
+    ops = ("attention_scores", "select_tokens", "self_guided_masking", "random_masking")
+    files = [f"tests/test_{op}.py" for op in ops] + [f"tests/test_cuda_{x}.py" for x in OF_LAUNCHES]
     some = "test_literal or test_cases and float32 or turns or too_long or many_blocks"
-    some = f"cuda-emulated and ({some}) or test_one_launch_in_turns"
-    run_kernels([*files, "tests/test_cuda_launches.py"], some, SMA_EMULATED_ARCH="80")
+    some += " or test_long_rows and 0.15 or test_drawn_tokens_of_long_rows"
+    some = f"cuda-emulated and ({some}) or {' or '.join(OF_LAUNCHES.values())}"
+    run_kernels(files, some, SMA_EMULATED_ARCH="80")
+
+
+def test_the_kernels_of_gpus_with_little_shared_memory():
+    files = [f"tests/test_{op}.py" for op in ("select_tokens", "self_guided_masking")]
+    files += [f"tests/test_cuda_{x}.py" for x in OF_LAUNCHES]
+    some = "cuda-emulated and (test_large and float32 or test_long_rows and few and 0.15)"
+    run_kernels(files, f"{some} or {' or '.join(OF_LAUNCHES.values())}", SMA_EMULATED_ARCH="86")
 
 
 def test_the_kernels_of_gpus_without_room_for_large_clusters():

@@ -306,7 +306,13 @@ def test_wide_heads(backend, dtype, width, tokens, queries):
     """Of few tokens: a GPU's blocks that share them have few warps each."""
     options = {"queries": queries, "selected": queries, "tokens": tokens, "width": width}
     inputs = backend.inputs(guided_inputs(dtype, **options))
-    found, expected = call(OP, inputs), backend.expected(OP, inputs)
+    expected = backend.expected(OP, inputs)
+    try:
+        found = call(OP, inputs)
+    except RuntimeError as error:
+        if "too wide for this GPU's shared memory" not in str(error):
+            raise
+        pytest.skip(str(error))
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
 
 

@@ -39,7 +39,7 @@ class KeepLowest {
     restore[i] = at + (chosen ? 0 : keep);
     mask[i] = chosen ? 0.0f : 1.0f;
   }
-  __device__ void end(unsigned, unsigned) const {}
+  __device__ void end(unsigned, unsigned, const RowShare&) const {}
 
  private:
   const unsigned keep;

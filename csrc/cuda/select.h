@@ -32,9 +32,9 @@ class MaskHighest {
   }
 
   // count: of the chosen, among `valid` tokens.
-  __device__ void end(unsigned count, unsigned valid) const {
-    const unsigned thread = cluster_rank() * blockDim.x + threadIdx.x;
-    const unsigned threads = cluster_size() * blockDim.x;
+  __device__ void end(unsigned count, unsigned valid, const RowShare& share) const {
+    const unsigned thread = share.rank * blockDim.x + threadIdx.x;
+    const unsigned threads = share.blocks * blockDim.x;
     for (int64_t i = count + thread; i < a.width_masked; i += threads) masked[i] = -1;
     for (int64_t i = valid - count + thread; i < a.width_visible; i += threads) visible[i] = -1;
     if (thread == 0) {
@@ -52,7 +52,7 @@ class MaskHighest {
 };
 
 // Output: what is written, as MaskHighest.
-template <bool kHeld, bool kPlain, bool kTogether, class Output>
+template <bool kHeld, bool kPlain, Search kSearch, class Output>
 class SelectRow {
  public:
   using Args = typename Output::Args;
@@ -60,13 +60,13 @@ class SelectRow {
   // keys: as RowKeys takes them.
   __device__ SelectRow(const Args& args, int64_t sample, const RowShare& share,
                        SelectShared* shared, uint32_t* held)
-      : keys(args, sample, share.searched, shared, held),
+      : keys(args, sample, share, shared, held),
+        share(share),
         written({share.written.begin - keys.begin, share.written.end - keys.begin}),
         a(args),
         s(*shared) {}
 
-  // dtype: of the scores. Other blocks of the cluster are done too at the end where they search
-  // together.
+  // dtype: of the scores. The blocks of a cluster that search together are done together.
   __device__ void run(int dtype) {
     keys.mark_tokens();
     unsigned competing = keys.read_keys(a.scores, dtype, Output::kSign);
@@ -92,8 +92,10 @@ class SelectRow {
   }
 
  private:
-  using Keys = RowKeys<kHeld, kPlain, kTogether>;
+  using Keys = RowKeys<kHeld, kPlain, kSearch>;
+  static constexpr bool kTogether = kSearch != kAlone;
   Keys keys;
+  const RowShare share;
   const Span written;
   const Args& a;
   SelectShared& s;
@@ -198,9 +200,10 @@ class SelectRow {
     RowCounts sum = sum_of(other);
     if constexpr (kTogether) {
       if (threadIdx.x == blockDim.x - kWarp) s.part = sum_of(sum, own);  // of the last warp
-      cluster_sync();
-      other = lane() < cluster_rank() ? *Keys::there(&s.part, lane()) : kNone;
+      keys.publish();
+      other = lane() < keys.rank() ? *keys.there(&s.part, lane()) : kNone;
       sum = sum_of(sum, sum_of(other));
+      if constexpr (kSearch == kGrid) grid_sync();  // outputs are written where `there` is
     }
     return sum;
   }
@@ -210,7 +213,7 @@ class SelectRow {
     sweep(t, {0, keys.size}, [&](unsigned i, uint32_t key, bool choose, unsigned, unsigned) {
       if (key != kPadding) keys.set_mark(i, choose ? chosen : other);
     });
-    Keys::sync();
+    keys.done_reading();
   }
 
   __device__ void finish(Threshold t, unsigned count, unsigned valid) {
@@ -220,8 +223,8 @@ class SelectRow {
             out.token(i, kPlain || key != kPadding, choose,
                       choose ? chosen : valid_before - chosen);
           });
-    out.end(count, valid);
-    if constexpr (kTogether) cluster_sync();  // others may still read this block's shared memory
+    out.end(count, valid, share);
+    if constexpr (kSearch == kCluster) cluster_sync();  // others may still read this block's memory
   }
 };
 
@@ -243,8 +246,9 @@ __device__ inline void select_sample(const typename Output::Args& a, int64_t sam
   const unsigned part = (tokens + cluster_size() - 1) / cluster_size();
   auto* const shared = reinterpret_cast<SelectShared*>(memory);
   auto* const keys = reinterpret_cast<uint32_t*>(shared + 1);
-  const RowShare share = {{0, tokens}, part_of_row(tokens, part, cluster_rank())};
-  SelectRow<true, Output::kIsPlain, false, Output>(a, sample, share, shared, keys).run(kFloat32);
+  const RowShare share = {
+      cluster_rank(), cluster_size(), {0, tokens}, part_of_row(tokens, part, cluster_rank())};
+  SelectRow<true, Output::kIsPlain, kAlone, Output>(a, sample, share, shared, keys).run(kFloat32);
   cluster_sync();  // what was written can now be read
 }
 

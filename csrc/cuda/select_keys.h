@@ -64,7 +64,7 @@ struct RowCounts {
   unsigned taken, ties, valid;
 };
 
-// In shared memory. What other blocks of the cluster read stands first.
+// In shared memory. What other blocks that search the same row read stands first, up to `total`.
 struct alignas(16) SelectShared {
   uint32_t bins[kBins];
   uint32_t few[kFewKeys];  // keys in doubt, of this block
@@ -72,8 +72,8 @@ struct alignas(16) SelectShared {
   uint32_t low, high;                 // of this block's competing keys
   unsigned competing;                 // how many
   RowCounts part;                     // this block's
-  alignas(16) uint32_t total[kBins];  // of the bins of the cluster
-  uint32_t all[kFewKeys];             // keys in doubt, of the cluster
+  alignas(16) uint32_t total[kBins];  // of the bins of all these blocks
+  uint32_t all[kFewKeys];             // keys in doubt, of all
   uint32_t low_of[kMostWarps], high_of[kMostWarps];
   unsigned count_of[kMostWarps];
   RowCounts counts_of[kMostWarps], front_of[kMostWarps];
@@ -92,11 +92,27 @@ __host__ __device__ inline Span part_of_row(unsigned tokens, unsigned part, unsi
           static_cast<unsigned>(end < tokens ? end : tokens)};
 }
 
-// What this block does for a row. The blocks of a cluster write a part each. They search the row
-// together, where each searches what it writes, or each searches the whole row by itself.
+// Who searches a row: each block the whole of it by itself, or each of the blocks of a cluster a
+// part; or so of a grid that is launched together, for GPUs without clusters. There the blocks of
+// all rows wait together, so each row's as often as any other's.
+enum Search : int { kAlone, kCluster, kGrid };
+
+// What this block does for a row: it is one of several that write a part each. Those that search
+// the row together search what they write.
 struct RowShare {
+  unsigned rank, blocks;
   Span searched, written;
 };
+
+// What a block has found so far, for the other blocks of its row to read: the first of SelectShared
+// in global memory, in two places by turns. So a block may write the one while others read the
+// other.
+constexpr size_t kFoundBytes = offsetof(SelectShared, total);
+static_assert(kFoundBytes % sizeof(uint4) == 0, "copied in words of 16 bytes");
+// Of a row, at most; they lie where its ids_restore is written in the end, from 16 bytes on.
+constexpr int64_t found_bytes(int64_t blocks) {
+  return static_cast<int64_t>(2 * kFoundBytes) * blocks + 16;
+}
 
 // Bytes of shared memory for the keys of so many tokens that a block searches.
 __host__ __device__ inline size_t held_bytes(int64_t tokens) {
@@ -104,21 +120,23 @@ __host__ __device__ inline size_t held_bytes(int64_t tokens) {
 }
 
 // kHeld: keys lie in shared memory. kPlain: every token competes, in one choice: no padding,
-// nothing drawn, no random share, no pool. kTogether: the cluster searches together.
-template <bool kHeld_, bool kPlain_, bool kTogether_>
+// nothing drawn, no random share, no pool.
+template <bool kHeld_, bool kPlain_, Search kSearch_>
 class RowKeys {
  public:
-  static constexpr bool kHeld = kHeld_, kPlain = kPlain_, kTogether = kTogether_;
+  static constexpr bool kHeld = kHeld_, kPlain = kPlain_;
+  static constexpr Search kSearch = kSearch_;
 
   // keys: place for those that are searched, see held_bytes; null unless held.
-  __device__ RowKeys(const SelectTokensArgs& args, int64_t sample, Span searched,
+  __device__ RowKeys(const SelectTokensArgs& args, int64_t sample, const RowShare& share,
                      SelectShared* shared, uint32_t* keys)
       : a(args),
         b(sample),
         row(sample * args.tokens),
-        begin(searched.begin),
-        size(searched.end - searched.begin),
+        begin(share.searched.begin),
+        size(share.searched.end - share.searched.begin),
         s(*shared),
+        share(share),
         keys(keys) {}
 
   const SelectTokensArgs& a;
@@ -127,15 +145,32 @@ class RowKeys {
   SelectShared& s;
 
   // The blocks that search together.
-  static __device__ unsigned blocks() { return kTogether ? cluster_size() : 1; }
-  static __device__ void sync() {
-    if constexpr (kTogether) cluster_sync();
+  __device__ unsigned blocks() const { return kSearch == kAlone ? 1 : share.blocks; }
+  __device__ unsigned rank() const { return kSearch == kAlone ? 0 : share.rank; }
+  // From here on what each of them has found can be read `there`, until it is done_reading.
+  __device__ void publish() {
+    if constexpr (kSearch == kAlone) __syncthreads();
+    if constexpr (kSearch == kCluster) cluster_sync();
+    if constexpr (kSearch == kGrid) {
+      __syncthreads();
+      second = !second;
+      auto* const to = reinterpret_cast<uint4*>(found_by(share.rank));
+      for (unsigned i = threadIdx.x; i < kFoundBytes / sizeof(uint4); i += blockDim.x)
+        to[i] = reinterpret_cast<const uint4*>(&s)[i];
+      grid_sync();
+    }
+  }
+  __device__ void done_reading() const {
+    if constexpr (kSearch == kCluster) cluster_sync();
     else __syncthreads();
   }
   template <class T>
-  static __device__ T* there(T* shared, unsigned rank) {
-    if constexpr (kTogether) return cluster_map(shared, rank);
-    else return shared;
+  __device__ T* there(T* shared, unsigned rank) const {
+    if constexpr (kSearch == kAlone) return shared;
+    if constexpr (kSearch == kCluster) return cluster_map(shared, rank);
+    if constexpr (kSearch == kGrid)
+      return reinterpret_cast<T*>(found_by(rank) +
+                                  (reinterpret_cast<char*>(shared) - reinterpret_cast<char*>(&s)));
   }
 
   __device__ void set_mark(unsigned i, uint32_t mark) const {
@@ -231,18 +266,25 @@ class RowKeys {
         s.competing = competing;
       }
     }
-    sync();
+    publish();
     if constexpr (kPlain) return static_cast<unsigned>(a.tokens);
     const bool is_block = lane() < blocks();
     return __reduce_add_sync(kAllLanes, is_block ? *there(&s.competing, lane()) : 0);
   }
 
  private:
+  const RowShare share;
   uint32_t* const keys;
+  bool second = false;           // which of the two places was published last
   const char* values = nullptr;  // what the keys are made of,
   int dtype = kFloat32;          // of this type,
   float sign = 1.0f;             // times this
 
+  __device__ char* found_by(unsigned rank) const {
+    const auto row_begin = reinterpret_cast<uintptr_t>(a.ids_restore + row);
+    char* const first = reinterpret_cast<char*>((row_begin + 15) / 16 * 16);
+    return first + (rank * 2 + second) * kFoundBytes;
+  }
   __device__ uint8_t* marks() const { return a.mask + row + begin; }  // unless held
   __device__ uint32_t mark(unsigned i) const {
     if constexpr (kPlain) return kCompetes;

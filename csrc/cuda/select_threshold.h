@@ -11,16 +11,20 @@ namespace cuda {
 template <class Keys>
 class ThresholdSearch {
  public:
-  __device__ explicit ThresholdSearch(const Keys& keys) : keys(keys), s(keys.s) {}
+  __device__ explicit ThresholdSearch(Keys& keys) : keys(keys), s(keys.s) {}
 
   // Returns what chooses the `wanted` highest of the row's `competing` tokens.
   __device__ Threshold find(unsigned wanted, unsigned competing) {
-    if (wanted == 0) return {kNoKey, 0};
-    const bool is_block = lane() < Keys::blocks();
-    uint32_t low = __reduce_min_sync(kAllLanes, is_block ? *Keys::there(&s.low, lane()) : kNoKey);
-    uint32_t high = __reduce_max_sync(kAllLanes, is_block ? *Keys::there(&s.high, lane()) : 0);
+    constexpr bool kGridSearches = Keys::kSearch == kGrid;
+    if (!kGridSearches && wanted == 0) return {kNoKey, 0};
+    const unsigned all_wanted = wanted;
+    const bool is_block = lane() < keys.blocks();
+    uint32_t low = __reduce_min_sync(kAllLanes, is_block ? *keys.there(&s.low, lane()) : kNoKey);
+    uint32_t high = __reduce_max_sync(kAllLanes, is_block ? *keys.there(&s.high, lane()) : 0);
     unsigned inside = competing;  // how many keys lie in [low, high]
-    while (low < high && inside > kFewKeys) {
+    if (kGridSearches && threadIdx.x == 0) s.found_low = s.found_above = s.found_inside = 0;
+    for (int round = 0; kGridSearches ? round < kRounds : low < high && inside > kFewKeys;
+         ++round) {
       const uint32_t range = high - low;
       const int shift = max(0, 32 - __clz(range) - kBinBits);
       for (unsigned i = threadIdx.x; i < kBins; i += blockDim.x) s.bins[i] = 0;
@@ -28,20 +32,23 @@ class ThresholdSearch {
       keys.for_each_key([&](uint32_t key) {
         if (key - low <= range) atomicAdd(&s.bins[(key - low) >> shift], 1u);
       });
-      Keys::sync();
+      keys.publish();
       find_bin(wanted);
       wanted -= s.found_above;
       inside = s.found_inside;
       low += s.found_low << shift;
       high = min(high, low + ((1u << shift) - 1));
-      Keys::sync();  // before the bins are used again
+      keys.done_reading();
     }
+    if constexpr (kGridSearches)  // these rounds leave one key, or found nothing that is wanted
+      return all_wanted == 0 ? Threshold{kNoKey, 0} : Threshold{low, wanted};
     return low == high ? Threshold{low, wanted} : rank(low, high, inside, wanted);
   }
 
  private:
-  static constexpr bool kTogether = Keys::kTogether;
-  const Keys& keys;
+  static constexpr bool kTogether = Keys::kSearch != kAlone;
+  static constexpr int kRounds = (32 + kBinBits - 1) / kBinBits;  // for every bit of a key
+  Keys& keys;
   SelectShared& s;
 
   // Finds the bin that holds the wanted-th largest key of the row.
@@ -51,8 +58,8 @@ class ThresholdSearch {
       for (unsigned i = threadIdx.x; i < kBins / 4; i += blockDim.x) {
         uint4 sum = {0, 0, 0, 0};
 #pragma unroll 4
-        for (unsigned r = 0; r < Keys::blocks(); ++r) {
-          const uint4 four = *Keys::there(reinterpret_cast<uint4*>(s.bins) + i, r);
+        for (unsigned r = 0; r < keys.blocks(); ++r) {
+          const uint4 four = *keys.there(reinterpret_cast<uint4*>(s.bins) + i, r);
           sum = {sum.x + four.x, sum.y + four.y, sum.z + four.z, sum.w + four.w};
         }
         reinterpret_cast<uint4*>(s.total)[i] = sum;
@@ -95,13 +102,13 @@ class ThresholdSearch {
     keys.for_each_key([&](uint32_t key) {
       if (key - low <= high - low) few[atomicAdd(&s.few_count, 1u)] = key;
     });
-    Keys::sync();
+    keys.publish();
     if constexpr (kTogether) {
       unsigned before = 0;
-      for (unsigned r = 0; r < Keys::blocks(); ++r) {
-        const unsigned count = *Keys::there(&s.few_count, r);
+      for (unsigned r = 0; r < keys.blocks(); ++r) {
+        const unsigned count = *keys.there(&s.few_count, r);
         for (unsigned i = threadIdx.x; i < count; i += blockDim.x)
-          s.all[before + i] = Keys::there(s.few, r)[i];
+          s.all[before + i] = keys.there(s.few, r)[i];
         before += count;
       }
       __syncthreads();
@@ -126,7 +133,7 @@ class ThresholdSearch {
       if (lane() == 0 && sums >> 20 == 0 && above < wanted && wanted <= above + equal)
         s.threshold = {key, wanted - above};
     }
-    Keys::sync();  // and the lists may be used again
+    keys.done_reading();  // and `threshold` is there
     return s.threshold;
   }
 };

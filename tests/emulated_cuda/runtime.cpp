@@ -12,12 +12,15 @@ constexpr unsigned kMostThreads = 1024, kMostGrid = 65535;
 constexpr unsigned kPortableCluster = 8;
 constexpr int kMultiprocessors = 4;
 
-// SMA_EMULATED_ARCH=80 makes it an older GPU.
+// SMA_EMULATED_ARCH=80 makes it an older GPU, 86 one with less shared memory, as 120 is.
 int arch() {
   const char* given = std::getenv("SMA_EMULATED_ARCH");
   return given == nullptr ? 90 : std::atoi(given);
 }
-int most_shared() { return arch() < 90 ? 166912 : 232448; }
+int most_shared() {
+  if (arch() == 80) return 166912;
+  return arch() < 90 || arch() >= 120 ? 101376 : 232448;
+}
 
 // SMA_EMULATED_CLUSTER=8 makes it one without room for larger clusters.
 unsigned most_cluster() {
@@ -25,10 +28,10 @@ unsigned most_cluster() {
   return given == nullptr ? 16 : static_cast<unsigned>(std::atoi(given));
 }
 
-// SMA_EMULATED_LAUNCHES=FILE adds a byte to it for each launch.
-void count_launch() {
+// SMA_EMULATED_LAUNCHES=FILE adds a line to it for each launch: its blocks.
+void note_launch(const dim3& blocks) {
   const char* file = std::getenv("SMA_EMULATED_LAUNCHES");
-  if (file != nullptr) std::ofstream(file, std::ios::app) << '.';
+  if (file != nullptr) std::ofstream(file, std::ios::app) << blocks.x * blocks.y * blocks.z << '\n';
 }
 
 // SMA_EMULATED_ERROR=209 makes every launch fail with that error, in CUDA's own words.
@@ -166,7 +169,7 @@ namespace emulated {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
                    std::function<void()> kernel) {
-  count_launch();
+  note_launch(config.gridDim);
   const cudaError_t chosen = chosen_error();
   if (chosen != cudaSuccess) return report(chosen, words_of(chosen));
   const dim3 grid = config.gridDim, block = config.blockDim;
