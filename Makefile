@@ -23,12 +23,13 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h'
 demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
 
-# Triton's interpreter and the emulator of CUDA, which take half of the time, in a process beside
+# all that is for GPUs (Triton's interpreter, the emulator of CUDA, their compilers), which takes
+# half of the time, in a process beside
 TEST = TRITON_INTERPRET=1 \
     SMA_FAST_REQUIRE=cpu,triton,emulated,peers,build,train$(GOLDEN)$(NVCC) $(BIN)/pytest
-SLOW = interpreted or emulated
+KERNELS = interpreted or emulated or compiled
 test: .venv/installed
-	$(TEST) -m "$(SLOW)" -p no:cacheprovider & $(TEST) -m "not ($(SLOW))"; rest=$$?; wait $$! && exit $$rest
+	$(TEST) -m "$(KERNELS)" -p no:cacheprovider & $(TEST) -m "not ($(KERNELS))"; rest=$$?; wait $$! && exit $$rest
 
 bench: .venv/installed
 	mkdir -p $(dir $(RESULT))

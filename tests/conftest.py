@@ -21,6 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import emulation
 import hypothesis
+import interpreter
 import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -49,6 +50,9 @@ NO_FLOAT16_IF_INTERPRETED = [
     pytest.param(dtype, marks=pytest.mark.not_interpreted) if dtype == torch.float16 else dtype
     for dtype in DTYPES
 ]
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.replace_once()
+
 OUTCOME = pytest.StashKey[str]()  # of a test's body: "passed", "failed" or "skipped"
 # a machine for kernels alone need not have the [train] extra
 MISSING_TO_TRAIN = [
@@ -131,6 +135,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "one_instruction_set: run the CPU's best one only")
     config.addinivalue_line("markers", "interpreted: runs in Triton's interpreter, given by itself")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU")
+    config.addinivalue_line("markers", "compiled: compiles kernels for GPUs that are not here")
     config.addinivalue_line("markers", "not_interpreted: Triton's interpreter would take minutes")
     config.addinivalue_line("markers", "on_gpu: runs on the GPU, where there is one")
     config.addinivalue_line("markers", "large: takes much of a GPU's memory, one at a time")

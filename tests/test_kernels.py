@@ -59,6 +59,7 @@ def rows(ended: subprocess.CompletedProcess, spills: int = 0) -> list[tuple[str,
     return [(name, architecture) for name, architecture, *_ in found]
 
 
+@pytest.mark.compiled
 def test_triton_kernels_compile_without_spills() -> None:
     """For three architectures, in the variants that the benchmarks' shapes start."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -84,6 +85,7 @@ def nvcc() -> str:
     return found
 
 
+@pytest.mark.compiled
 def test_cuda_kernels_compile_without_spills(nvcc: str) -> None:
     """For 80, 90a and the newest: every kernel of every source, where it is meant to be."""
     found = rows(reported("cuda"))
