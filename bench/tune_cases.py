@@ -131,9 +131,9 @@ _BLOCKS = {"block": (1024, 2048, 4096), "num_warps": (4, 8, 16)}
 _COPY = {"elements": (1024, 2048, 4096, 8192), "width": (512, 1024, 2048), "num_warps": (4, 8)}
 _LONG_KEYS = {"tokens": (32, 64, 128), "rows": (16, 32, 64), "num_warps": (4, 8)}
 _TWICE = (
-    *(Case("attention_scores", _shape(x), HALF, _attention) for x in ("image", "long")),
-    Case("attention_scores", _shape("image"), FLOAT, _attention),
-    Case("attention_scores", _shape("colreduce-4096"), torch.float16, _all_queries),
+    *(Case("attention_scores", _shape(x), HALF, _attention, 128) for x in ("image", "long")),
+    Case("attention_scores", _shape("image"), FLOAT, _attention, 256),
+    Case("attention_scores", _shape("colreduce-4096"), torch.float16, _all_queries, 256),
 )
 
 ENTRIES = {

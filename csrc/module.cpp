@@ -105,11 +105,11 @@ void check_counts(const char* name, const int64_t* counts, int64_t count) {
                             ", allowed is at least 0");
 }
 
-// Ids of tokens are 32-bit integers inside the kernels.
+// Ids of tokens are 32-bit integers inside the kernels, and so are the ends of blocks of them.
 void check_length(const char* name, int64_t length) {
-  if (length > INT32_MAX - 64)
+  if (length > INT32_MAX - 4096)
     throw py::value_error(std::string(name) + ": got " + std::to_string(length) +
-                          " tokens, allowed is below 2^31 on the native backend");
+                          " tokens, allowed is below 2^31 - 4096 on the native backend");
 }
 
 // heads count only where a query is selected

@@ -347,8 +347,9 @@ def _in_turns(
     inputs, sizes = common
     batch, tokens = scores.shape[0], scores.shape[-1]
     key = inputs[1]
-    of_rows = setting("attention_scores.row_statistics", key.device)
-    of_columns = setting("attention_scores.column_sums", key.device)
+    key_bytes = key.shape[3] * key.element_size()
+    of_rows = setting("attention_scores.row_statistics", key.device, key_bytes)
+    of_columns = setting("attention_scores.column_sums", key.device, key_bytes)
     blocks = triton.cdiv(tokens, of_columns["tokens"])
     held = turns.SCRATCH // 2  # for the statistics, and for sums of heads
     samples, programs = 0, batch * blocks

@@ -41,13 +41,15 @@ DEFAULT = {
         {"up_to": 1024, "rows": 16, "most_bytes": 65536, "num_warps": 8, "num_stages": 3},
         {"up_to": 2048, "rows": 16, "most_bytes": 65536, "num_warps": 16, "num_stages": 3},
     ),
-    # of more keys, read twice: larger blocks read less and take registers and shared memory; a
-    # stage more hides more of the loads and takes as much again
+    # by the bytes of a key, of more keys, read twice: larger blocks read less and take registers
+    # and shared memory; a stage more hides more of the loads and takes as much again
     "attention_scores.row_statistics": (
-        {"up_to": None, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 3},
+        {"up_to": 256, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 3},
+        {"up_to": None, "tokens": 32, "rows": 32, "num_warps": 4, "num_stages": 3},
     ),
     "attention_scores.column_sums": (
-        {"up_to": None, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 2},
+        {"up_to": 256, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 2},
+        {"up_to": None, "tokens": 32, "rows": 32, "num_warps": 8, "num_stages": 2},
     ),
     # the heads of a sample have programs of their own where else fewer than these would start, at
     # the price of another launch, in blocks of tokens, that adds them up
