@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from bench.cubins import Row, Usage, usages
 
 ARCHITECTURES = (80, 90, 100)
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 _TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -145,7 +145,15 @@ def _cases() -> dict[str, list[tuple]]:
     image, pixels = empty(1, 8, 512, 64, dtype=half), empty(1, 8, 9216, 64, dtype=half)
     full = (empty(1, 4, 128, 128, dtype=torch.float16), empty(1, 4, 4096, 128, dtype=torch.float16))
     self_query = empty(2, 12, 512, 64, dtype=half)
-    wide = empty(2, 1, 70, 600)
+    indices = (ids(2, 17), ids(2, 17), empty(2, 3000, dtype=torch.bool))
+    heads_of = [  # that are kept whole or not, in loads of 16 bytes or one by one
+        *((torch.float32, width) for width in (32, 64, 72, 129)),
+        *((half, width) for width in (20, 40, 64, 600)),
+    ]
+    every_option = [
+        (empty(2, 4, 64, width, dtype=dtype), empty(2, 4, 3000, width, dtype=dtype), *indices)
+        for dtype, width in heads_of
+    ]
     map_ = empty(2, 8, 256, 1024, dtype=half)
     no_share, none = (0.0, None), None
     scores, long, longer = empty(2, 1024), empty(2, 16384), empty(2, 65536)
@@ -156,8 +164,8 @@ def _cases() -> dict[str, list[tuple]]:
             (query.float(), key.float(), index, none, padding, 0.125, "mean"),
             (self_query, self_query, index, heads, padding[:, :512], 0.125, "mean"),
             (empty(2, 8, 128, 32), empty(2, 8, 128, 32), index, none, none, 0.125, "mean"),
-            (wide, wide, none, none, none, 0.125, "mean"),
-            (wide.to(half), wide.to(half), none, none, none, 0.125, "mean"),
+            (empty(2, 1, 70, 600), empty(2, 1, 70, 600), none, none, none, 0.125, "mean"),
+            *((*given, 0.125, "mean") for given in every_option),
             (image, pixels, ids(1, 32), none, none, 0.125, "mean"),
             (image.float(), pixels.float(), ids(1, 32), none, none, 0.125, "mean"),
             (*full, none, none, none, 0.125, "none"),

@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 class Entry(NamedTuple):
     candidates: dict[str, tuple[int, ...]]  # tried one name after the other
-    cases: tuple[Case, ...]  # a class without one keeps the settings it has
+    cases: tuple[Case, ...]  # of every class
 
 
 def _shape(name: str, batch: int | None = None) -> Shape:
@@ -37,6 +37,12 @@ def _shape(name: str, batch: int | None = None) -> Shape:
     if shape.fixed_batch:
         return shape
     return dataclasses.replace(shape, batch=batch or FULL_BATCH[name])
+
+
+def _sized(name: str, batch: int, **sizes: int) -> Shape:
+    """Returns a shape whose classes no named one has, with some sizes changed."""
+    said = ", ".join(f"{size} {x}" for size, x in sizes.items())
+    return dataclasses.replace(SHAPES[name], name=f"{name}, {said}", batch=batch, **sizes)
 
 
 def _attention(shape: Shape, device: str, dtype: torch.dtype) -> tuple:
@@ -114,8 +120,8 @@ def _informed(shape: Shape, device: str, dtype: torch.dtype) -> tuple:
     return embeddings, shapes.scores(shape, device) > 0, None, "object"
 
 
-def _by_tokens(op: str, arguments: Callable, *names: str) -> tuple[Case, ...]:
-    every = map(_shape, names)
+def _by_tokens(op: str, arguments: Callable, *shapes: str | Shape) -> tuple[Case, ...]:
+    every = (_shape(shape) if isinstance(shape, str) else shape for shape in shapes)
     return tuple(Case(op, shape, FLOAT, arguments, shape.tokens) for shape in every)
 
 
@@ -131,9 +137,9 @@ _BLOCKS = {"block": (1024, 2048, 4096), "num_warps": (4, 8, 16)}
 _COPY = {"elements": (1024, 2048, 4096, 8192), "width": (512, 1024, 2048), "num_warps": (4, 8)}
 _LONG_KEYS = {"tokens": (32, 64, 128), "rows": (16, 32, 64), "num_warps": (4, 8)}
 _TWICE = (
-    *(Case("attention_scores", _shape(x), HALF, _attention, 128) for x in ("image", "long")),
-    Case("attention_scores", _shape("image"), FLOAT, _attention, 256),
-    Case("attention_scores", _shape("colreduce-4096"), torch.float16, _all_queries, 256),
+    *(Case("attention_scores", _shape(x), HALF, _attention, 1) for x in ("image", "long")),
+    Case("attention_scores", _shape("colreduce-4096"), torch.float16, _all_queries, 1),
+    Case("attention_scores", _shape("image"), FLOAT, _attention, 2),
 )
 
 ENTRIES = {
@@ -142,10 +148,7 @@ ENTRIES = {
         (
             Case("attention_scores", _shape("molecule"), HALF, _attention, 512),
             Case("attention_scores", _shape("colreduce-512"), torch.float16, _all_queries, 512),
-            *(
-                Case("attention_scores", _shape("protein"), x, _attention, 1024)
-                for x in (HALF, FLOAT)
-            ),
+            Case("attention_scores", _shape("protein"), HALF, _attention, 1024),
         ),
     ),
     "attention_scores.row_statistics": Entry({**_LONG_KEYS, "num_stages": (1, 2, 3, 4)}, _TWICE),
@@ -158,7 +161,17 @@ ENTRIES = {
         ),
     ),
     "aggregate_attention.logits": Entry(
-        _WARPS, (Case("aggregate_attention", _shape("protein", 256), HALF, _map(True), 1024),)
+        _WARPS,
+        (
+            Case("aggregate_attention", _shape("protein", 256), HALF, _map(True), 1024),
+            *(
+                Case(
+                    *("aggregate_attention", _sized("protein", 64, tokens=tokens), HALF),
+                    *(_map(True), tokens),
+                )
+                for tokens in (2048, 8192)
+            ),
+        ),
     ),
     "aggregate_attention.long": Entry(
         {"block": (512, 1024, 2048, 4096), "num_warps": (4, 8)},
@@ -175,7 +188,8 @@ ENTRIES = {
     "select_tokens": Entry(
         _WARPS,
         _by_tokens(
-            *("select_tokens", _select, "physics", "vit", "molecule", "protein", "4096x4096")
+            *("select_tokens", _select, "physics", "vit", "molecule", "protein"),
+            *(_sized("protein", 4096, tokens=2048), "4096x4096"),
         ),
     ),
     "select_tokens.long": Entry(
@@ -194,13 +208,23 @@ ENTRIES = {
         (
             Case("draw_queries", _shape("protein"), FLOAT, _draw, 256),
             Case("draw_queries", _shape("molecule"), FLOAT, _draw, 512),
+            *(
+                Case("draw_queries", _sized("molecule", 1024, queries=x), FLOAT, _draw, x)
+                for x in (1024, 2048, 4096)
+            ),
         ),
     ),
     "draw_queries.long": Entry(
         _BLOCKS,
         (Case("draw_queries", dataclasses.replace(_shape("image"), queries=36864), FLOAT, _draw),),
     ),
-    "random_masking": Entry(_WARPS, _by_tokens("random_masking", _random, "vit", "physics")),
+    "random_masking": Entry(
+        _WARPS,
+        _by_tokens(
+            *("random_masking", _random, "vit", "physics"),
+            *(_sized("vit", 2**19 // tokens, tokens=tokens) for tokens in (512, 1024, 2048, 4096)),
+        ),
+    ),
     "random_masking.long": Entry(_BLOCKS, _by_tokens("random_masking", _random, "image")),
     "random_masking.rows": Entry(_COPY, _of_bytes("random_masking", _random)),
     "gather_tokens": Entry(_COPY, _of_bytes("gather_tokens", _gather)),

@@ -18,9 +18,24 @@ from .launching import longest, power_of_2, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
-_HELD_BYTES, _CHUNK_BYTES = 256, 128  # of a head's features: kept, or else at a time
+_DIVISOR = 8  # of features: in half types 16 bytes, which come at once
+_FEATURES = {  # of a head: so many are kept, or else so many come at a time
+    (2, _DIVISOR): (128, 32),
+    (4, _DIVISOR): (32, 32),  # the tensor cores take a float32 as two numbers
+    (2, 1): (32, 32),  # each comes by itself, with its address in a register
+    (4, 1): (16, 16),
+}
+_MOST_REGISTERS = 255  # else the compiler spills a few, to have more blocks at work
 # the interpreter multiplies the bits of bfloat16 as if they were numbers
 _WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def multiple(x, OF: tl.constexpr):
+    """Returns x, of which the compiler then knows that OF divides it: loads of 16 bytes follow."""
+    if OF > 1:
+        x = x // OF * OF
+    return x
 
 
 @triton.jit
@@ -82,18 +97,17 @@ def products(k, q):
 @triton.jit
 def logits_of(
     k, keys, valid, q, rows, use, width, scale,
-    BLOCK_WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Returns (tokens, rows) logits in powers of two, -inf for padding.
 
-    Of one chunk of features, `k` and `q` have them all; of several, none is kept.
+    `k` and `q` have all features where these are KEPT; else they come a block at a time.
     """
-    if CHUNKS == 1:
+    if KEPT:
         s = products(k, q)
     else:
         s = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
-        for chunk in range(CHUNKS):
-            first = chunk * BLOCK_WIDTH
+        for first in range(0, width, BLOCK_WIDTH):
             s += products(
                 features_of(keys, valid, first, width, BLOCK_WIDTH),
                 features_of(rows, use, first, width, BLOCK_WIDTH),
@@ -137,8 +151,16 @@ def attention_scores_kernel(
     BLOCK: tl.constexpr,  # at least N
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of BLOCK_WIDTH features; together at least D
+    KEPT: tl.constexpr,  # whether BLOCK_WIDTH is at least D
+    DIVISOR: tl.constexpr,  # of D and the strides of queries and keys
 ):
+    width = multiple(width, DIVISOR)
+    query_batch_stride = multiple(query_batch_stride, DIVISOR)
+    query_head_stride = multiple(query_head_stride, DIVISOR)
+    query_stride = multiple(query_stride, DIVISOR)
+    key_batch_stride = multiple(key_batch_stride, DIVISOR)
+    key_head_stride = multiple(key_head_stride, DIVISOR)
+    key_stride = multiple(key_stride, DIVISOR)
     sample = tl.program_id(0).to(tl.int64) + first_sample
     first = tl.program_id(1)
     total = tl.zeros([BLOCK], tl.float32)
@@ -156,7 +178,7 @@ def attention_scores_kernel(
                 INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
             )  # fmt: skip
             s = logits_of(
-                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, CHUNKS
+                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT
             )  # fmt: skip
             most = tl.max(s, 0)
             p = tl.exp2(s - tl.where(most == float("-inf"), 0.0, most)[None, :])
@@ -176,12 +198,19 @@ def row_statistics_kernel(
     key_head_stride, key_stride, padding_stride, first_sample, first_head, first_row, rows,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    KEPT: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """Writes the largest logit of each row of a turn and 1 / its sum, 0 where it does not count.
 
     stats is (samples, heads, rows, 2) of the turn; program_id is block of rows, head, sample.
     """
+    width = multiple(width, DIVISOR)
+    query_batch_stride = multiple(query_batch_stride, DIVISOR)
+    query_head_stride = multiple(query_head_stride, DIVISOR)
+    query_stride = multiple(query_stride, DIVISOR)
+    key_batch_stride = multiple(key_batch_stride, DIVISOR)
+    key_head_stride = multiple(key_head_stride, DIVISOR)
+    key_stride = multiple(key_stride, DIVISOR)
     sample = tl.program_id(2).to(tl.int64) + first_sample
     head = tl.program_id(1).to(tl.int64) + first_head
     block = tl.program_id(0) * BLOCK_ROWS
@@ -198,7 +227,7 @@ def row_statistics_kernel(
             key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
         )  # fmt: skip
         s = logits_of(
-            k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, CHUNKS
+            k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT
         )  # fmt: skip
         now = tl.maximum(most, tl.max(s, 0), propagate_nan=tl.PropagateNan.ALL)
         base = tl.where(now == float("-inf"), 0.0, now)
@@ -220,12 +249,19 @@ def column_sums_kernel(
     turn_heads, heads_apart, out_stride, adds, factor,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    KEPT: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """As attention_scores_kernel, of one turn and a block of its tokens; for `adds`, to `out`.
 
     program_id is block of tokens, head (0 where they are not apart), sample.
     """
+    width = multiple(width, DIVISOR)
+    query_batch_stride = multiple(query_batch_stride, DIVISOR)
+    query_head_stride = multiple(query_head_stride, DIVISOR)
+    query_stride = multiple(query_stride, DIVISOR)
+    key_batch_stride = multiple(key_batch_stride, DIVISOR)
+    key_head_stride = multiple(key_head_stride, DIVISOR)
+    key_stride = multiple(key_stride, DIVISOR)
     sample = tl.program_id(2).to(tl.int64) + first_sample
     first = tl.program_id(1)
     start = tl.program_id(0) * BLOCK
@@ -250,7 +286,7 @@ def column_sums_kernel(
             most = tl.load(stat, mask=at < rows, other=0.0)
             weight = tl.load(stat + 1, mask=at < rows, other=0.0)
             s = logits_of(
-                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, CHUNKS
+                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT
             )  # fmt: skip
             p = tl.exp2(s - most[None, :])
             of_head += tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
@@ -284,24 +320,28 @@ def launch(
     of_query = (0 if query.shape[0] == 1 else query.stride(0), query.stride(1), query.stride(2))
     strides = (*of_query, *key.stride()[:3], tokens)
     sizes = (heads, heads // kv_heads, queries, selected, tokens, width, scale * _LOG2E)
-    block_width = power_of_2(width)
-    if block_width * key.element_size() > _HELD_BYTES:
-        block_width = _CHUNK_BYTES // key.element_size()
-    chunks = triton.cdiv(width, block_width)
+    every = (width, *of_query, *key.stride()[:3])
+    divisor = 1 if any(x % _DIVISOR for x in every) else _DIVISOR
+    most_kept, at_a_time = _FEATURES[key.element_size(), divisor]
+    kept = power_of_2(width) <= most_kept
+    block_width = power_of_2(width) if kept else at_a_time
     common = (query, key, index, by_head, padding), (*sizes, *strides)
     kinds = {
         "INDEXED": query_index is not None,
         "BY_HEAD": head_index is not None,
         "PADDED": key_padding_mask is not None,
         "BLOCK_WIDTH": block_width,
-        "CHUNKS": chunks,
+        "KEPT": kept,
+        "DIVISOR": divisor,
     }
     scores = torch.empty(shape, dtype=torch.float32, device=key.device)
     chosen = setting("attention_scores", key.device, tokens)
     block = power_of_2(tokens)
-    # the tensor cores take a float32 as two numbers, in more shared memory and registers
+    # the tensor cores take a float32 as two numbers, and compute with each: as many registers as
+    # 16 bytes would take
     size = 16 if key.dtype == torch.float32 else key.element_size()
-    fits = chunks == 1 and block * block_width * size <= chosen["most_bytes"]
+    loads = 1 if divisor > 1 else 4  # of which a register has the address
+    fits = kept and loads * block * block_width * size <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
         if block <= longest("attention_scores", key.device) and fits:
             _at_once(scores, apart, factor, heads, common, kinds, block, chosen)
@@ -334,6 +374,7 @@ def _at_once(
             BLOCK_ROWS=chosen["rows"],
             num_warps=chosen["num_warps"],
             num_stages=chosen["num_stages"],
+            maxnreg=_MOST_REGISTERS,
         )
         if samples:
             turns.sum_heads(parts[:number], scores[sample : sample + number], False, factor)
@@ -347,9 +388,9 @@ def _in_turns(
     inputs, sizes = common
     batch, tokens = scores.shape[0], scores.shape[-1]
     key = inputs[1]
-    key_bytes = key.shape[3] * key.element_size()
-    of_rows = setting("attention_scores.row_statistics", key.device, key_bytes)
-    of_columns = setting("attention_scores.column_sums", key.device, key_bytes)
+    of_features = triton.cdiv(key.shape[3], kinds["BLOCK_WIDTH"])  # blocks
+    of_rows = setting("attention_scores.row_statistics", key.device, of_features)
+    of_columns = setting("attention_scores.column_sums", key.device, of_features)
     blocks = triton.cdiv(tokens, of_columns["tokens"])
     held = turns.SCRATCH // 2  # for the statistics, and for sums of heads
     samples, programs = 0, batch * blocks
@@ -388,4 +429,5 @@ def _in_turns(
 
 def _blocks(chosen: dict[str, int]) -> dict[str, int]:
     names = {"tokens": "BLOCK", "rows": "BLOCK_ROWS"}
-    return {names.get(name, name): x for name, x in chosen.items() if name != "up_to"}
+    blocks = {names.get(name, name): x for name, x in chosen.items() if name != "up_to"}
+    return blocks | {"maxnreg": _MOST_REGISTERS}

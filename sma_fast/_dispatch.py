@@ -193,7 +193,8 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
 
     Returns:
         ``{op: {device: {backend: state}}}``; the state is "answers" for the one that is called
-        (for float32), "ready" for one that could be forced, and otherwise the reason.
+        (for float32; on CUDA triton stands in for what does not suit it: very wide heads, gradients
+        of long or strided rows), "ready" for one that could be forced, and otherwise the reason.
     """
     table: dict[str, dict[str, dict[str, str]]] = {}
     for op in SCHEMAS:

@@ -70,10 +70,14 @@ def implementation(backend: str, op: str) -> Callable:
         cuda_ops = _module().cuda_ops
         if not cuda_ops:
             raise Unavailable(
-                "built without CUDA: at installation there was no nvcc, or SMA_FAST_CUDA=0"
+                "built without CUDA: at installation there was no nvcc, or SMA_FAST_CUDA=0. "
+                "Install again with nvcc on PATH, or CUDA_HOME set"
             )
         if not torch.cuda.is_available():
-            raise Unavailable("no CUDA device that torch can use")
+            raise Unavailable(
+                "no CUDA device that torch can use: torch.cuda.init() says why (a CPU build of "
+                "torch, a driver too old, no GPU)"
+            )
         if op not in cuda_ops:
             raise Unavailable(f"no CUDA kernel for {op} yet")
     else:

@@ -495,7 +495,7 @@ def test_sums_of_rows_in_turns(backend, options, monkeypatch):
 
 @pytest.mark.one_instruction_set
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("width", (130, 600))
+@pytest.mark.parametrize("width", (20, 72, 130, 600))
 def test_wide_heads(backend, width, dtype):
     options = {"queries": 5, "tokens": 70, "padding": "scattered", "ragged": True}
     inputs = backend.inputs(attention_inputs(width=width, dtype=dtype, **options))

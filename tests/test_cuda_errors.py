@@ -8,7 +8,7 @@ import torch
 
 import sma_fast
 from sma_fast import _native
-from sma_fast.testing import CASES, NATIVE_DTYPES, call
+from sma_fast.testing import CASES, NATIVE_DTYPES, call, guided_inputs
 
 pytestmark = pytest.mark.emulated
 
@@ -106,13 +106,17 @@ def test_heads_too_wide_for_shared_memory(emulated):
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", (30, 3000))
-def test_heads_that_fit_on_every_gpu(emulated, tokens, dtype):
+@pytest.mark.parametrize("tokens, queries", ((30, 40), (3000, 3)))
+def test_heads_that_fit_on_every_gpu(emulated, tokens, queries, dtype):
     """Wider ones are Triton's, where it is. Run for several GPUs in test_emulated_cuda.py."""
     width = _native._WIDE_HEAD // dtype.itemsize
-    query, key = (
-        torch.randn(1, 1, 3, width, dtype=dtype),
-        torch.randn(1, 1, tokens, width).to(dtype),
-    )
-    sums = sma_fast.attention_scores(query, key).sum()
-    torch.testing.assert_close(sums, torch.tensor(3.0))
+    sizes = {"queries": queries, "selected": queries, "tokens": tokens, "width": width}
+    inputs = guided_inputs(dtype, batch=1, heads=1, **sizes)
+    scored = {name: inputs[name] for name in ("query", "key", "query_index")}
+    with sma_fast.use_backend("reference"):
+        expected = sma_fast.attention_scores(**scored)
+    for scores in (
+        sma_fast.attention_scores(**scored),
+        call("self_guided_masking", inputs).scores,
+    ):
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)

@@ -91,14 +91,39 @@ def test_one_launch_of_many_samples(emulated, monkeypatch, tmp_path):
     assert launches(inputs, tmp_path / "launches", monkeypatch) == 1
 
 
-@pytest.mark.parametrize("batch", (1, 2))
-def test_a_long_row_has_several_blocks(emulated, monkeypatch, tmp_path, batch):
+SHARED_ROWS = {  # what blocks that share a row choose by
+    "ratio": {"mask_ratio": 0.3},
+    "nothing": {"mask_ratio": 0.0},
+    "half of a number at random": {"num_masked": 100, "random_fraction": 0.5},
+    "pool": {"mask_ratio": 0.2, "pool_ratio": 0.5},
+    "numbers": {"num_masked": torch.tensor([0, 20_000])},
+}
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("dtype", (FLOAT, HALF), ids=str)
+@pytest.mark.parametrize("name", SHARED_ROWS)
+def test_a_long_row_has_several_blocks(emulated, monkeypatch, tmp_path, name, dtype, padded):
     """Of a cluster; without clusters, of a launch whose blocks wait for each other."""
-    scores, noise = torch.randn(batch, 60_000), torch.rand(batch, 60_000)
-    share = {"random_fraction": 0.5, "noise": noise}
-    for options in ({"mask_ratio": 0.3}, {"mask_ratio": 0.0}, {"num_masked": 100, **share}):
-        with noted(tmp_path / "launches", monkeypatch) as blocks:
-            found = sma_fast.select_tokens(scores, **options)
-        assert len(blocks) == 1 and blocks[0] >= 2 * batch
-        with sma_fast.use_backend("reference"):
-            assert_same_selection(found, sma_fast.select_tokens(scores, **options))
+    options = dict(SHARED_ROWS[name])
+    if options.keys() & {"random_fraction", "pool_ratio"}:
+        options["noise"] = torch.rand(2, 60_000)
+    if padded:
+        options["key_padding_mask"] = torch.rand(2, 60_000) < 0.3
+    scores = torch.randn(2, 60_000).to(dtype)
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        found = sma_fast.select_tokens(scores, **options)
+    assert len(blocks) == 1 and blocks[0] >= 2 * 2
+    with sma_fast.use_backend("reference"):
+        assert_same_selection(found, sma_fast.select_tokens(scores, **options))
+
+
+def test_long_rows_of_drawn_tokens_have_several_blocks(emulated, monkeypatch, tmp_path):
+    inputs = guided_inputs(**{**LONG, "batch": 2, "tokens": 60_000, "width": 4})
+    inputs["mask_queries"] = True
+    inputs["query_index"] = inputs["query_index"] * 9_999
+    inputs["query"] = torch.randn(1, 1, 60_000, 4).expand(2, -1, -1, -1)
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        found = call("self_guided_masking", inputs)
+    assert len(blocks) == 3 and blocks[1] >= 2 * 2
+    assert bool(found.selection.mask.gather(1, inputs["query_index"].clamp(min=0)).all())

@@ -354,7 +354,8 @@ def test_the_kernels_of_gpus_with_little_shared_memory():
     files = [f"tests/test_{op}.py" for op in ("select_tokens", "self_guided_masking")]
     files += [f"tests/test_cuda_{x}.py" for x in OF_LAUNCHES]
     some = "cuda-emulated and (test_large and float32 or test_long_rows and few and 0.15)"
-    run_kernels(files, f"{some} or {' or '.join(OF_LAUNCHES.values())}", SMA_EMULATED_ARCH="86")
+    some += f" or {' or '.join(OF_LAUNCHES.values())}"
+    run_kernels(files, some, SMA_EMULATED_ARCH="86", SMA_EMULATED_MULTIPROCESSORS="20")
 
 
 def test_the_kernels_of_gpus_without_room_for_large_clusters():

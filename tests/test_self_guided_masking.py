@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sma_fast
-from sma_fast import reference
+from sma_fast import _native, reference
 from sma_fast.testing import (
     CASES,
     DTYPES,
@@ -310,7 +310,8 @@ def test_wide_heads(backend, dtype, width, tokens, queries):
     try:
         found = call(OP, inputs)
     except RuntimeError as error:
-        if "too wide for this GPU's shared memory" not in str(error):
+        said = "too wide for this GPU's shared memory" in str(error)
+        if not said or width * dtype.itemsize <= _native._WIDE_HEAD:
             raise
         pytest.skip(str(error))
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)

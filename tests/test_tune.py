@@ -83,6 +83,8 @@ def test_dry_run_measures_and_writes_all(tmp_path: Path) -> None:
         assert [x["up_to"] for x in classes] == [x["up_to"] for x in settings.DEFAULT[name]]
         on = found["MEASURED_ON"]["sm_90"][name]
         assert re.fullmatch(r"made up, torch \S+, Triton \S+, \d{4}-\d\d-\d\d", on)
+        shown = re.findall(rf"^{re.escape(name)}, up to (\w+): ", ended.stdout, re.M)
+        assert shown == [str(x["up_to"]) for x in classes]
     text = file.read_text()
     assert "# sm_80: never measured, DEFAULT holds\n" in text
     assert f"# sm_90: {len(ENTRIES)} of {len(ENTRIES)} entries measured" in text

@@ -130,7 +130,8 @@ struct Grid {
   size_t shared_bytes = 0;
   unsigned cluster = 1;
   bool prefers_shared = false;  // memory to L1: more blocks fit
-  bool together = false;        // grid_sync: no more blocks than the GPU runs at once
+  bool together = false;        // grid_sync: no more blocks than the GPU runs at once,
+  bool all_or_none = false;     // or an error, where fewer will not do
 };
 
 // What a device has, asked once unless that fails. The major version is that of the code that runs
@@ -182,8 +183,10 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, const Place& pla
     if (error == cudaSuccess)
       error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &of_each, kernel, static_cast<int>(grid.threads), grid.shared_bytes);
-    const int at_once = of_each * limits_of(place.device).multiprocessors;
-    blocks = std::min(blocks, static_cast<unsigned>(at_once));
+    const auto at_once = static_cast<unsigned>(of_each * limits_of(place.device).multiprocessors);
+    if (error == cudaSuccess && (at_once == 0 || (grid.all_or_none && at_once < blocks)))
+      error = cudaErrorCooperativeLaunchTooLarge;
+    blocks = std::min(blocks, at_once);
   }
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = {};

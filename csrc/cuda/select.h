@@ -1,4 +1,4 @@
-// Selects the tokens of one row: all threads of a block, or of a cluster that shares the row, call
+// Selects the tokens of one row: all threads of a block, or of the blocks that share the row, call
 // SelectRow::run together. Once a threshold is known, one ordered sweep writes mask and ids.
 #pragma once
 #include "select_threshold.h"

@@ -115,7 +115,7 @@ int launch_select(const typename Output::Args& a, const Place& place) {
   Grid grid = {dim3(static_cast<unsigned>(a.batch * blocks)), threads_of(part, limits.major),
                sizeof(SelectShared) + (held ? held_bytes(part) : 0)};
   if (search == kCluster) grid.cluster = static_cast<unsigned>(blocks);
-  grid.together = search == kGrid;
+  grid.together = grid.all_or_none = search == kGrid;
   if (grid.together) grid.threads = std::min(grid.threads, kTeamThreads);
   grid.prefers_shared = true;
   return launch(

@@ -1,4 +1,4 @@
-// What the runtime refuses, as a GPU of compute capability 9.0 does.
+// What the runtime refuses, as a GPU of compute capability 9.0 does, or another that is asked for.
 #include "emulated_cuda.h"
 
 #include <fstream>
@@ -10,7 +10,6 @@ namespace {
 constexpr size_t kPortableShared = 48 << 10;
 constexpr unsigned kMostThreads = 1024, kMostGrid = 65535;
 constexpr unsigned kPortableCluster = 8;
-constexpr int kMultiprocessors = 4;
 
 // SMA_EMULATED_ARCH=80 makes it an older GPU, 86 one with less shared memory, as 120 is.
 int arch() {
@@ -20,6 +19,12 @@ int arch() {
 int most_shared() {
   if (arch() == 80) return 166912;
   return arch() < 90 || arch() >= 120 ? 101376 : 232448;
+}
+
+// SMA_EMULATED_MULTIPROCESSORS=40 makes it one with so many.
+int multiprocessors() {
+  const char* given = std::getenv("SMA_EMULATED_MULTIPROCESSORS");
+  return given == nullptr ? 4 : std::atoi(given);
 }
 
 // SMA_EMULATED_CLUSTER=8 makes it one without room for larger clusters.
@@ -114,7 +119,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (device != 0) return cudaSetDevice(device);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = kMultiprocessors;
+      *value = multiprocessors();
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       *value = arch() / 10;
@@ -201,7 +206,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
   if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0)
     return report(cudaErrorInvalidConfiguration,
                   "a grid of " + text(grid) + " blocks in clusters of " + text(cluster));
-  if (cooperative && uint64_t{grid.x} * grid.y * grid.z > kMultiprocessors)
+  if (cooperative && uint64_t{grid.x} * grid.y * grid.z > static_cast<uint64_t>(multiprocessors()))
     return report(cudaErrorCooperativeLaunchTooLarge,
                   "a grid of " + text(grid) + " blocks, all at once");
   const std::string failure =
