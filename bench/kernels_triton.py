@@ -150,10 +150,12 @@ def _cases() -> dict[str, list[tuple]]:
         *((torch.float32, width) for width in (32, 64, 72, 129)),
         *((half, width) for width in (20, 40, 64, 600)),
     ]
+    strided = empty(2, 4, 300, 17, dtype=half)[..., :16]  # held at once, each number a load
     every_option = [
         (empty(2, 4, 64, width, dtype=dtype), empty(2, 4, 3000, width, dtype=dtype), *indices)
         for dtype, width in heads_of
     ]
+    every_option.append((strided[:, :, :64], strided, *indices[:2], indices[2][:, :300]))
     map_ = empty(2, 8, 256, 1024, dtype=half)
     no_share, none = (0.0, None), None
     scores, long, longer = empty(2, 1024), empty(2, 16384), empty(2, 65536)

@@ -25,7 +25,6 @@ _FEATURES = {  # of a head: so many are kept, or else so many come at a time
     (2, 1): (32, 32),  # each comes by itself, with its address in a register
     (4, 1): (16, 16),
 }
-_MOST_REGISTERS = 255  # else the compiler spills a few, to have more blocks at work
 # the interpreter multiplies the bits of bfloat16 as if they were numbers
 _WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -340,7 +339,7 @@ def launch(
     # the tensor cores take a float32 as two numbers, and compute with each: as many registers as
     # 16 bytes would take
     size = 16 if key.dtype == torch.float32 else key.element_size()
-    loads = 1 if divisor > 1 else 4  # of which a register has the address
+    loads = 1 if divisor > 1 else 8  # of which a register has the address
     fits = kept and loads * block * block_width * size <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
         if block <= longest("attention_scores", key.device) and fits:
@@ -374,7 +373,7 @@ def _at_once(
             BLOCK_ROWS=chosen["rows"],
             num_warps=chosen["num_warps"],
             num_stages=chosen["num_stages"],
-            maxnreg=_MOST_REGISTERS,
+            maxnreg=_most_registers(chosen["num_warps"]),
         )
         if samples:
             turns.sum_heads(parts[:number], scores[sample : sample + number], False, factor)
@@ -430,4 +429,10 @@ def _in_turns(
 def _blocks(chosen: dict[str, int]) -> dict[str, int]:
     names = {"tokens": "BLOCK", "rows": "BLOCK_ROWS"}
     blocks = {names.get(name, name): x for name, x in chosen.items() if name != "up_to"}
-    return blocks | {"maxnreg": _MOST_REGISTERS}
+    return blocks | {"maxnreg": _most_registers(chosen["num_warps"])}
+
+
+def _most_registers(num_warps: int) -> int:
+    # as many as a block's threads can have: left alone the compiler spills a few, to have more
+    # blocks at work
+    return min(255, 65536 // (32 * num_warps))
