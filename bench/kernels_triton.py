@@ -191,6 +191,7 @@ def _cases() -> dict[str, list[tuple]]:
         "gather_tokens": [
             (empty(2, 1024, 512, dtype=half), ids(2, 870)),
             (empty(2, 1024, 512), ids(2, 870)),
+            (empty(2, 1024, 5, dtype=half), ids(2, 870)),
         ],
         "gather_tokens_backward": [
             (empty(2, 870, 512, dtype=half), ids(2, 870), 1024),

@@ -40,7 +40,7 @@ def _shape(name: str, batch: int | None = None) -> Shape:
 
 
 def _sized(name: str, batch: int, **sizes: int) -> Shape:
-    """Returns a shape whose classes no named one has, with some sizes changed."""
+    """Returns a named shape with some sizes changed, for classes that no named one has."""
     said = ", ".join(f"{size} {x}" for size, x in sizes.items())
     return dataclasses.replace(SHAPES[name], name=f"{name}, {said}", batch=batch, **sizes)
 
@@ -140,6 +140,7 @@ _TWICE = (
     *(Case("attention_scores", _shape(x), HALF, _attention, 1) for x in ("image", "long")),
     Case("attention_scores", _shape("colreduce-4096"), torch.float16, _all_queries, 1),
     Case("attention_scores", _shape("image"), FLOAT, _attention, 2),
+    Case("attention_scores", _sized("image", 1, head_dim=256), HALF, _attention, 8),
 )
 
 ENTRIES = {
@@ -216,7 +217,12 @@ ENTRIES = {
     ),
     "draw_queries.long": Entry(
         _BLOCKS,
-        (Case("draw_queries", dataclasses.replace(_shape("image"), queries=36864), FLOAT, _draw),),
+        (
+            Case(
+                *("draw_queries", _sized("image", FULL_BATCH["image"], queries=36864), FLOAT),
+                _draw,
+            ),
+        ),
     ),
     "random_masking": Entry(
         _WARPS,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import turns
-from .launching import longest, power_of_2, setting
+from .launching import longest, most_registers, power_of_2, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
@@ -38,12 +38,14 @@ def multiple(x, OF: tl.constexpr):
 
 
 @triton.jit
-def features_of(vectors, use, first, width, BLOCK_WIDTH: tl.constexpr):
+def features_of(
+    vectors, use, first, width, BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr
+):  # fmt: skip
     """Returns the features from `first` on of the vectors that are used, 0 for all others."""
     column = first + tl.arange(0, BLOCK_WIDTH)
     return tl.load(
         vectors[:, None] + column[None, :],
-        mask=use[:, None] & (column < width)[None, :],
+        mask=use[:, None] & (column < multiple(width, DIVISOR))[None, :],
         other=0.0,
     )
 
@@ -53,7 +55,7 @@ def rows_of_block(
     query, query_index, head_index, sample, head, first, heads_stride, row_stride, sample_stride,
     queries, selected, last, width,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """Returns selected queries (BLOCK_ROWS, BLOCK_WIDTH), where they begin, and which count.
 
@@ -67,22 +69,26 @@ def rows_of_block(
     if INDEXED:
         place = tl.load(query_index + sample * selected + at, mask=use, other=-1)
         use &= (place >= 0) & (place < queries)
-    vectors = query + sample * sample_stride + head * heads_stride + place * row_stride
-    return features_of(vectors, use, 0, width, BLOCK_WIDTH), vectors, use
+    vectors = query + sample * multiple(sample_stride, DIVISOR)
+    vectors += head * multiple(heads_stride, DIVISOR) + place * multiple(row_stride, DIVISOR)
+    return features_of(vectors, use, 0, width, BLOCK_WIDTH, DIVISOR), vectors, use
 
 
 @triton.jit
 def keys_of_block(
     key, padding, sample, head, start, tokens, width, sample_stride, head_stride, token_stride,
     padding_stride, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """Returns keys (BLOCK, BLOCK_WIDTH), where they begin, and which are valid."""
     token = start + tl.arange(0, BLOCK)
     valid = token < tokens
     if PADDED:
         valid &= tl.load(padding + sample * padding_stride + token, mask=valid, other=1) == 0
-    vectors = key + sample * sample_stride + head * head_stride + token.to(tl.int64) * token_stride
-    return features_of(vectors, valid, 0, width, BLOCK_WIDTH), vectors, valid
+    vectors = key + sample * multiple(sample_stride, DIVISOR)
+    vectors += head * multiple(head_stride, DIVISOR)
+    vectors += token.to(tl.int64) * multiple(token_stride, DIVISOR)
+    return features_of(vectors, valid, 0, width, BLOCK_WIDTH, DIVISOR), vectors, valid
 
 
 @triton.jit
@@ -96,7 +102,7 @@ def products(k, q):
 @triton.jit
 def logits_of(
     k, keys, valid, q, rows, use, width, scale,
-    BLOCK_WIDTH: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, KEPT: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """Returns (tokens, rows) logits in powers of two, -inf for padding.
 
@@ -108,8 +114,8 @@ def logits_of(
         s = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
         for first in range(0, width, BLOCK_WIDTH):
             s += products(
-                features_of(keys, valid, first, width, BLOCK_WIDTH),
-                features_of(rows, use, first, width, BLOCK_WIDTH),
+                features_of(keys, valid, first, width, BLOCK_WIDTH, DIVISOR),
+                features_of(rows, use, first, width, BLOCK_WIDTH, DIVISOR),
             )
     return tl.where(valid[:, None], s * scale, float("-inf"))
 
@@ -153,13 +159,6 @@ def attention_scores_kernel(
     KEPT: tl.constexpr,  # whether BLOCK_WIDTH is at least D
     DIVISOR: tl.constexpr,  # of D and the strides of queries and keys
 ):
-    width = multiple(width, DIVISOR)
-    query_batch_stride = multiple(query_batch_stride, DIVISOR)
-    query_head_stride = multiple(query_head_stride, DIVISOR)
-    query_stride = multiple(query_stride, DIVISOR)
-    key_batch_stride = multiple(key_batch_stride, DIVISOR)
-    key_head_stride = multiple(key_head_stride, DIVISOR)
-    key_stride = multiple(key_stride, DIVISOR)
     sample = tl.program_id(0).to(tl.int64) + first_sample
     first = tl.program_id(1)
     total = tl.zeros([BLOCK], tl.float32)
@@ -167,17 +166,17 @@ def attention_scores_kernel(
         head = at_head + sample * 0  # 64 bits, as all that a stride multiplies
         k, keys, valid = keys_of_block(
             key, padding, sample, head // group, 0, tokens, width, key_batch_stride,
-            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
+            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH, DIVISOR,
         )  # fmt: skip
         of_head = tl.zeros([BLOCK], tl.float32)
         for row in range(0, selected, BLOCK_ROWS):
             q, vectors, use = rows_of_block(
                 query, query_index, head_index, sample, head, row, query_head_stride, query_stride,
                 query_batch_stride, queries, selected, selected, width,
-                INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
+                INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH, DIVISOR,
             )  # fmt: skip
             s = logits_of(
-                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT
+                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT, DIVISOR
             )  # fmt: skip
             most = tl.max(s, 0)
             p = tl.exp2(s - tl.where(most == float("-inf"), 0.0, most)[None, :])
@@ -203,30 +202,23 @@ def row_statistics_kernel(
 
     stats is (samples, heads, rows, 2) of the turn; program_id is block of rows, head, sample.
     """
-    width = multiple(width, DIVISOR)
-    query_batch_stride = multiple(query_batch_stride, DIVISOR)
-    query_head_stride = multiple(query_head_stride, DIVISOR)
-    query_stride = multiple(query_stride, DIVISOR)
-    key_batch_stride = multiple(key_batch_stride, DIVISOR)
-    key_head_stride = multiple(key_head_stride, DIVISOR)
-    key_stride = multiple(key_stride, DIVISOR)
     sample = tl.program_id(2).to(tl.int64) + first_sample
     head = tl.program_id(1).to(tl.int64) + first_head
     block = tl.program_id(0) * BLOCK_ROWS
     q, vectors, use = rows_of_block(
         query, query_index, head_index, sample, head, first_row + block, query_head_stride,
         query_stride, query_batch_stride, queries, selected, first_row + rows, width,
-        INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
+        INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH, DIVISOR,
     )  # fmt: skip
     most = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     amount = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, tokens, BLOCK):
         k, keys, valid = keys_of_block(
             key, padding, sample, head // group, start, tokens, width, key_batch_stride,
-            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
+            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH, DIVISOR,
         )  # fmt: skip
         s = logits_of(
-            k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT
+            k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT, DIVISOR
         )  # fmt: skip
         now = tl.maximum(most, tl.max(s, 0), propagate_nan=tl.PropagateNan.ALL)
         base = tl.where(now == float("-inf"), 0.0, now)
@@ -254,13 +246,6 @@ def column_sums_kernel(
 
     program_id is block of tokens, head (0 where they are not apart), sample.
     """
-    width = multiple(width, DIVISOR)
-    query_batch_stride = multiple(query_batch_stride, DIVISOR)
-    query_head_stride = multiple(query_head_stride, DIVISOR)
-    query_stride = multiple(query_stride, DIVISOR)
-    key_batch_stride = multiple(key_batch_stride, DIVISOR)
-    key_head_stride = multiple(key_head_stride, DIVISOR)
-    key_stride = multiple(key_stride, DIVISOR)
     sample = tl.program_id(2).to(tl.int64) + first_sample
     first = tl.program_id(1)
     start = tl.program_id(0) * BLOCK
@@ -271,21 +256,21 @@ def column_sums_kernel(
         head = first_head + turn_head + sample * 0  # 64 bits, as all that a stride multiplies
         k, keys, valid = keys_of_block(
             key, padding, sample, head // group, start, tokens, width, key_batch_stride,
-            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH,
+            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH, DIVISOR,
         )  # fmt: skip
         of_head = tl.zeros([BLOCK], tl.float32)
         for row in range(0, rows, BLOCK_ROWS):
             q, vectors, use = rows_of_block(
                 query, query_index, head_index, sample, head, first_row + row, query_head_stride,
                 query_stride, query_batch_stride, queries, selected, first_row + rows, width,
-                INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH,
+                INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH, DIVISOR,
             )  # fmt: skip
             at = row + tl.arange(0, BLOCK_ROWS)
             stat = stats + ((tl.program_id(2) * turn_heads + turn_head) * rows + at) * 2
             most = tl.load(stat, mask=at < rows, other=0.0)
             weight = tl.load(stat + 1, mask=at < rows, other=0.0)
             s = logits_of(
-                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT
+                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT, DIVISOR
             )  # fmt: skip
             p = tl.exp2(s - most[None, :])
             of_head += tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
@@ -373,7 +358,7 @@ def _at_once(
             BLOCK_ROWS=chosen["rows"],
             num_warps=chosen["num_warps"],
             num_stages=chosen["num_stages"],
-            maxnreg=_most_registers(chosen["num_warps"]),
+            maxnreg=most_registers(chosen["num_warps"]),
         )
         if samples:
             turns.sum_heads(parts[:number], scores[sample : sample + number], False, factor)
@@ -429,10 +414,4 @@ def _in_turns(
 def _blocks(chosen: dict[str, int]) -> dict[str, int]:
     names = {"tokens": "BLOCK", "rows": "BLOCK_ROWS"}
     blocks = {names.get(name, name): x for name, x in chosen.items() if name != "up_to"}
-    return blocks | {"maxnreg": _most_registers(chosen["num_warps"])}
-
-
-def _most_registers(num_warps: int) -> int:
-    # as many as a block's threads can have: left alone the compiler spills a few, to have more
-    # blocks at work
-    return min(255, 65536 // (32 * num_warps))
+    return blocks | {"maxnreg": most_registers(chosen["num_warps"])}

@@ -53,6 +53,11 @@ def power_of_2(size: int) -> int:
     return max(triton.next_power_of_2(size), 16)
 
 
+def most_registers(num_warps: int) -> int:
+    """Returns what a program's threads can have; else the compiler spills to run more programs."""
+    return min(255, 65536 // (32 * num_warps))
+
+
 def in_registers(op: str, device: torch.device, tokens: int) -> dict[str, int]:
     """Returns BLOCK and num_warps for rows of `tokens`: whole ones, or parts of what is longer."""
     if tokens <= longest(op, device):
@@ -70,4 +75,5 @@ def copied(entry: str, device: torch.device, width: int, size: int) -> dict[str,
         "BLOCK_ROWS": max(1, chosen["elements"] // block_width),
         "BLOCK_WIDTH": block_width,
         "num_warps": chosen["num_warps"],
+        "maxnreg": most_registers(chosen["num_warps"]),
     }

@@ -40,8 +40,9 @@ DEFAULT = {
         {"up_to": 512, "rows": 16, "most_bytes": 65536, "num_warps": 4, "num_stages": 1},
         {"up_to": 1024, "rows": 16, "most_bytes": 65536, "num_warps": 8, "num_stages": 3},
     ),
-    # by the blocks of a key's features, of more keys, read twice: larger blocks read less and take
-    # registers and shared memory; a stage more hides more of the loads and takes as much again
+    # more keys are read twice; by the blocks that a key's features are read in: larger blocks of
+    # keys and rows read less and take registers and shared memory; a stage more hides more of the
+    # loads and takes as much again
     "attention_scores.row_statistics": (
         {"up_to": 1, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 3},
         {"up_to": None, "tokens": 32, "rows": 16, "num_warps": 8, "num_stages": 3},

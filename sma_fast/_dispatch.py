@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from sma_fast import _native, reference
-from sma_fast._errors import Unavailable
+from sma_fast._errors import NO_CUDA_DEVICE, Unavailable
 from sma_fast._schema import SCHEMAS, library
 from sma_fast._version import __version__
 
@@ -213,7 +213,7 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
                     order = ()
                     continue
                 if device == "cuda" and not torch.cuda.is_available():
-                    states[backend] = "no CUDA device that torch can use"
+                    states[backend] = NO_CUDA_DEVICE
                 elif backend in order and "answers" not in states.values():
                     states[backend] = "answers"
                 else:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from sma_fast import reference
-from sma_fast._errors import Unavailable
+from sma_fast._errors import NO_CUDA_DEVICE, Unavailable
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCE = {"mean": 0, "sum": 1, "none": 2}
@@ -74,10 +74,7 @@ def implementation(backend: str, op: str) -> Callable:
                 "Install again with nvcc on PATH, or CUDA_HOME set"
             )
         if not torch.cuda.is_available():
-            raise Unavailable(
-                "no CUDA device that torch can use: torch.cuda.init() says why (a CPU build of "
-                "torch, a driver too old, no GPU)"
-            )
+            raise Unavailable(NO_CUDA_DEVICE)
         if op not in cuda_ops:
             raise Unavailable(f"no CUDA kernel for {op} yet")
     else:

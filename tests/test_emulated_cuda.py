@@ -334,27 +334,24 @@ def run_kernels(files: list[str], only: str, **variables: str) -> None:
     assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-3000:]
 
 
-OF_LAUNCHES = {  # of other GPUs' sizes
-    "errors": "test_heads_that_fit_on_every_gpu",
-    "launches": "test_one_launch_in_turns or test_a_long_row_has_several_blocks",
-}
+FITS = "test_heads_that_fit_on_every_gpu or test_one_launch_in_turns or several_blocks"
+OF_FITS = ["tests/test_cuda_errors.py", "tests/test_cuda_launches.py"]
 
 
 def test_the_kernels_of_gpus_without_clusters():
     """As the first architecture that is built has them."""
     ops = ("attention_scores", "select_tokens", "self_guided_masking", "random_masking")
-    files = [f"tests/test_{op}.py" for op in ops] + [f"tests/test_cuda_{x}.py" for x in OF_LAUNCHES]
+    files = [f"tests/test_{op}.py" for op in ops] + OF_FITS
     some = "test_literal or test_cases and float32 or turns or too_long or many_blocks"
     some += " or test_long_rows and 0.15 or test_drawn_tokens_of_long_rows"
-    some = f"cuda-emulated and ({some}) or {' or '.join(OF_LAUNCHES.values())}"
+    some = f"cuda-emulated and ({some}) or {FITS}"
     run_kernels(files, some, SMA_EMULATED_ARCH="80")
 
 
 def test_the_kernels_of_gpus_with_little_shared_memory():
-    files = [f"tests/test_{op}.py" for op in ("select_tokens", "self_guided_masking")]
-    files += [f"tests/test_cuda_{x}.py" for x in OF_LAUNCHES]
+    files = [f"tests/test_{op}.py" for op in ("select_tokens", "self_guided_masking")] + OF_FITS
     some = "cuda-emulated and (test_large and float32 or test_long_rows and few and 0.15)"
-    some += f" or {' or '.join(OF_LAUNCHES.values())}"
+    some += f" or {FITS}"
     run_kernels(files, some, SMA_EMULATED_ARCH="86", SMA_EMULATED_MULTIPROCESSORS="20")
 
 

@@ -61,7 +61,6 @@ class SelectRow {
   __device__ SelectRow(const Args& args, int64_t sample, const RowShare& share,
                        SelectShared* shared, uint32_t* held)
       : keys(args, sample, share, shared, held),
-        share(share),
         written({share.written.begin - keys.begin, share.written.end - keys.begin}),
         a(args),
         s(*shared) {}
@@ -95,7 +94,6 @@ class SelectRow {
   using Keys = RowKeys<kHeld, kPlain, kSearch>;
   static constexpr bool kTogether = kSearch != kAlone;
   Keys keys;
-  const RowShare share;
   const Span written;
   const Args& a;
   SelectShared& s;
@@ -201,7 +199,7 @@ class SelectRow {
     if constexpr (kTogether) {
       if (threadIdx.x == blockDim.x - kWarp) s.part = sum_of(sum, own);  // of the last warp
       keys.publish();
-      other = lane() < keys.rank() ? *keys.there(&s.part, lane()) : kNone;
+      other = lane() < keys.share.rank ? *keys.there(&s.part, lane()) : kNone;
       sum = sum_of(sum, sum_of(other));
       if constexpr (kSearch == kGrid) grid_sync();  // outputs are written where `there` is
     }
@@ -223,7 +221,7 @@ class SelectRow {
             out.token(i, kPlain || key != kPadding, choose,
                       choose ? chosen : valid_before - chosen);
           });
-    out.end(count, valid, share);
+    out.end(count, valid, keys.share);
     if constexpr (kSearch == kCluster) cluster_sync();  // others may still read this block's memory
   }
 };

@@ -143,10 +143,10 @@ class RowKeys {
   const int64_t b, row;        // the sample, and the place of its first token
   const unsigned begin, size;  // what is searched; from here on tokens count from `begin`
   SelectShared& s;
+  const RowShare share;
 
   // The blocks that search together.
   __device__ unsigned blocks() const { return kSearch == kAlone ? 1 : share.blocks; }
-  __device__ unsigned rank() const { return kSearch == kAlone ? 0 : share.rank; }
   // From here on what each of them has found can be read `there`, until it is done_reading.
   __device__ void publish() {
     if constexpr (kSearch == kAlone) __syncthreads();
@@ -273,7 +273,6 @@ class RowKeys {
   }
 
  private:
-  const RowShare share;
   uint32_t* const keys;
   bool second = false;           // which of the two places was published last
   const char* values = nullptr;  // what the keys are made of,
