@@ -181,7 +181,7 @@ def attention_scores_kernel(
             most = tl.max(s, 0)
             p = tl.exp2(s - tl.where(most == float("-inf"), 0.0, most)[None, :])
             amount = tl.sum(p, 0)
-            weight = tl.where(use & (amount != 0.0), 1.0 / amount, 0.0)
+            weight = tl.where(use, 1.0 / amount, 0.0)
             of_head += tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
         total += tl.where(valid, of_head, 0.0)  # a NaN among the keys stays out of padding
     token = tl.arange(0, BLOCK)
@@ -228,7 +228,7 @@ def row_statistics_kernel(
     list_ = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     to = stats + (list_ * rows + at) * 2
     tl.store(to, tl.where(most == float("-inf"), 0.0, most), mask=at < rows)
-    weight = tl.where(use & (amount != 0.0), 1.0 / amount, 0.0)
+    weight = tl.where(use, 1.0 / amount, 0.0)
     tl.store(to + 1, weight, mask=at < rows)
 
 

@@ -40,6 +40,12 @@ ONE, OFF, TWO = [1.0], [0.0], [2.0]  # queries of width 1: as they are, all equa
 LITERALS = {
     "one query": ([[ONE]], [logs(1, 3)], {}, [0.25, 0.75]),
     "an infinite key": ([[[-1.0]]], [[[math.inf], *logs(3, 1)]], {}, [0.0, 0.25, 0.75]),
+    "an infinite query": (
+        [[[-math.inf]]],
+        [[ONE, TWO, ONE]],
+        {"key_padding_mask": [False, False, True]},
+        [NAN, NAN, 0.0],
+    ),
     "the sum of two queries": ([[ONE, OFF]], [logs(1, 3)], {}, [0.75, 1.25]),
     "query 1": ([[ONE, OFF]], [logs(1, 3)], {"query_index": [1]}, [0.5, 0.5]),
     "one query twice": ([[ONE, OFF]], [logs(1, 3)], {"query_index": [0, 0]}, [0.5, 1.5]),
@@ -179,7 +185,9 @@ def test_large(backend, four_threads, name, dtype):
     shared=st.booleans(),
     by_head=st.booleans(),
     padding=st.none() | st.sampled_from(PADDINGS),
-    values=st.sampled_from(("normal", "equal", "sharp", "NaN query", "NaN key", "inf key")),
+    values=st.sampled_from(
+        ("normal", "equal", "sharp", "NaN query", "NaN key", "inf key", "-inf keys")
+    ),
     head_reduce=st.sampled_from(("mean", "sum", "none")),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
@@ -480,6 +488,7 @@ def test_keys_too_long_to_be_held_at_once(backend, options):
         {"tokens": 9000, "head_reduce": "none"},
         {"tokens": 9000, "padding": "scattered"},
         {"tokens": 9000, "by_head": True},
+        {"tokens": 9000, "by_head": True, "padding": "scattered", "values": "-inf keys"},
         {"queries": 5000, "tokens": 70},
         {"tokens": 300, "width": 600, "head_reduce": "none"},  # parts of rows in several chunks
     ],
@@ -489,8 +498,8 @@ def test_sums_of_rows_in_turns(backend, options, monkeypatch):
     """On a GPU the sums of rows lie in scratch memory, which holds those of a few rows here."""
     monkeypatch.setattr(_native, "_SCRATCH", 20_000)
     inputs = backend.inputs(attention_inputs(**{"queries": 100, "heads": 3, "width": 8} | options))
-    expected = backend.expected(OP, inputs)
-    torch.testing.assert_close(call(OP, inputs), expected, rtol=3e-5, atol=1e-6)
+    scores, expected = call(OP, inputs), backend.expected(OP, inputs)
+    torch.testing.assert_close(scores, expected, rtol=3e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.one_instruction_set

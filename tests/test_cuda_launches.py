@@ -1,6 +1,7 @@
 """What CUDA launches: one kernel for self_guided_masking, but for very long rows."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,20 @@ def test_a_long_row_has_several_blocks(emulated, monkeypatch, tmp_path, name, dt
     assert len(blocks) == 1 and blocks[0] >= 2 * 2
     with sma_fast.use_backend("reference"):
         assert_same_selection(found, sma_fast.select_tokens(scores, **options))
+
+
+def test_one_block_a_row_where_several_blocks_cannot_run_at_once(emulated, monkeypatch, tmp_path):
+    """Part of the GPU is kept from this process. Blocks of a cluster run at once in any case."""
+    scores = torch.randn(2, 60_000)
+    monkeypatch.setenv("SMA_EMULATED_ERROR", "720")
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        found = sma_fast.select_tokens(scores, mask_ratio=0.3)
+    if int(os.environ.get("SMA_EMULATED_ARCH", "90")) < 90:
+        assert len(blocks) == 2 and blocks[0] >= 2 * 2 and blocks[1] == 2
+    else:
+        assert len(blocks) == 1 and blocks[0] >= 2 * 2
+    with sma_fast.use_backend("reference"):
+        assert_same_selection(found, sma_fast.select_tokens(scores, mask_ratio=0.3))
 
 
 def test_long_rows_of_drawn_tokens_have_several_blocks(emulated, monkeypatch, tmp_path):

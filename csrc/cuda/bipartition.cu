@@ -136,7 +136,7 @@ int bipartition_of(const BipartitionArgs& a, const Place& place) {
   const int64_t room = limits.shared_bytes;
   // the fewest blocks that hold a sample, whatever the batch: the order of sums depends on it
   for (unsigned blocks = 1; blocks <= (limits.major >= 9 ? kMostBlocks : 1); blocks *= 2) {
-    const int64_t share = (Slabs<T, true>::count_of(a.width) + blocks - 1) / blocks;
+    const int64_t share = ceil_div<int64_t>(Slabs<T, true>::count_of(a.width), blocks);
     if (CutMatrix<T, true>::memory(a.tokens, blocks, share).bytes <= room)
       return launch_cut<T, true>(a, blocks, share, place);
   }

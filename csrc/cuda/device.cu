@@ -81,9 +81,8 @@ std::string error_text(int error) {
         "again with an older nvcc, or use the backend triton";
   else if (code == cudaErrorCooperativeLaunchTooLarge)
     text +=
-        ". Part of this GPU is kept from this process (by MPS or a green context), where all "
-        "blocks "
-        "must run at once: use the backend triton";
+        ". Part of this GPU is kept from this process (by MPS or a green context), and the rest is "
+        "too little for blocks that must run at once: use the backend triton";
   else if (code == cudaErrorMemoryAllocation)
     text += ". Free memory on this GPU, or take a smaller batch";
   return text;

@@ -17,6 +17,12 @@
 namespace sma {
 namespace cuda {
 
+// How many parts of this size the whole has, the last one perhaps smaller.
+template <class T>
+__host__ __device__ constexpr T ceil_div(T whole, T part) {
+  return (whole + part - 1) / part;
+}
+
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 

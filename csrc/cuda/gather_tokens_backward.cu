@@ -143,9 +143,9 @@ cudaError_t launch_back(const GatherTokensBackwardArgs& a, int64_t first_id, con
   const int64_t many = std::max(kMostWords, 4 * a.visible * 8 / kSize);
   const int64_t fills = a.batch * all / (limits_of(place.device).multiprocessors * kBlocksEach);
   const int64_t most = std::max(std::min({many, fills, kMostRows * row_words}), kEach);
-  int64_t count = (all + most - 1) / most;
-  const int64_t each = ((all + count - 1) / count + kWarp - 1) / kWarp * kWarp;  // whole numbers
-  count = (all + each - 1) / each;
+  int64_t count = ceil_div(all, most);
+  const int64_t each = ceil_div<int64_t>(ceil_div(all, count), kWarp) * kWarp;  // whole numbers
+  count = ceil_div(all, each);
   const int64_t rows = std::min(each / row_words + 2, a.tokens);
   const int64_t samples = std::max<int64_t>(INT_MAX / count, 1);
   for (int64_t first = 0; first < a.batch; first += samples) {

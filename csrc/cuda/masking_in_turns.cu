@@ -33,8 +33,6 @@ __global__ void __launch_bounds__(kTurnWarps* kWarp,
   }
 }
 
-int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
 // What a launch takes, and how.
 struct TurnsPlan {
   Turns turns;
@@ -60,11 +58,12 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   // rows so long that not a tile of keys fits for each warp
   for (unsigned warps = kTurnWarps; plan.warps == 0 && warps > 0; warps /= 2) try_plan(1, warps);
   if (plan.warps == 0) return plan;
-  const int64_t keys = t.memory.keys(plan.warps), blocks = parts_of(a.tokens, keys);
+  const int64_t keys = t.memory.keys(plan.warps), blocks = ceil_div(a.tokens, keys);
   // a few rows have many parts of the keys
-  const int64_t most_splits = std::max<int64_t>(kMostParts / parts_of(selected, kPartRows), 1);
-  const int64_t split_keys = std::min(parts_of(blocks, most_splits) * keys, a.tokens);
-  const int64_t splits = parts_of(a.tokens, split_keys);
+  const int64_t most_splits =
+      std::max<int64_t>(kMostParts / ceil_div<int64_t>(selected, kPartRows), 1);
+  const int64_t split_keys = std::min(ceil_div(blocks, most_splits) * keys, a.tokens);
+  const int64_t splits = ceil_div(a.tokens, split_keys);
   const int64_t room = a.scratch_bytes / static_cast<int64_t>((splits + 1) * sizeof(RowSum));
   // rows and heads of a turn do not depend on the batch, nor do the bits of sums
   const int64_t rows = std::min(most_rows, room), heads = std::min(a.heads, room / rows);
@@ -72,7 +71,7 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   t.samples = static_cast<int>(samples);
   t.heads = static_cast<int>(heads);
   t.rows = static_cast<int>(rows);
-  t.row_parts = static_cast<int>(parts_of(rows, kPartRows));
+  t.row_parts = static_cast<int>(ceil_div<int64_t>(rows, kPartRows));
   t.splits = static_cast<int>(splits);
   t.split_keys = static_cast<int>(split_keys);
   t.blocks = static_cast<int>(blocks);

@@ -137,8 +137,7 @@ int copy_visible(const RandomMaskingArgs& a, const Place& place) {
   if (bytes == 0) return cudaSuccess;
   const OnDevice on(place);
   if (on.error() != cudaSuccess) return on.error();
-  const int64_t parts =
-      std::max((bytes + kPartBytes - 1) / kPartBytes, (g.visible + kPartRows - 1) / kPartRows);
+  const int64_t parts = std::max(ceil_div(bytes, kPartBytes), ceil_div(g.visible, kPartRows));
   if (g.batch * parts > INT32_MAX) return kTooManySamples;
   const Grid grid = {dim3(static_cast<unsigned>(g.batch * parts)), kCopyThreads,
                      sizeof(unsigned) * (kPartRows + 2)};

@@ -132,11 +132,11 @@ cudaError_t sum_columns(const RestoreTokensBackwardArgs& a, int64_t first, int64
   constexpr int64_t kNumbers = sizeof(Word) / sizeof(T);
   const int64_t rows = a.batch * a.tokens, words = columns / kNumbers;
   const int64_t most = a.scratch_bytes / (columns * static_cast<int64_t>(sizeof(Sum)));
-  const int64_t part_rows = std::max((rows + most - 1) / most, kLeastRows);
-  const int64_t number = std::max<int64_t>((rows + part_rows - 1) / part_rows, 1);
+  const int64_t part_rows = std::max(ceil_div(rows, most), kLeastRows);
+  const int64_t number = std::max<int64_t>(ceil_div(rows, part_rows), 1);
   unsigned lanes = 1;
   while (lanes < kWarp && lanes < words) lanes *= 2;
-  const int64_t chunks = (words + lanes - 1) / lanes;
+  const int64_t chunks = ceil_div<int64_t>(words, lanes);
   const Sums sums = {static_cast<const T*>(a.grad) + first,
                      a.ids_restore,
                      rows,
@@ -152,7 +152,7 @@ cudaError_t sum_columns(const RestoreTokensBackwardArgs& a, int64_t first, int64
                         sizeof(FilledShared<T, Word>)};
   const cudaError_t error = launch(sum_filled_kernel<T, Word>, of_rows, place, sums);
   if (error != cudaSuccess) return error;
-  const Grid of_parts = {dim3(static_cast<unsigned>((columns + kWarp - 1) / kWarp)),
+  const Grid of_parts = {dim3(static_cast<unsigned>(ceil_div<int64_t>(columns, kWarp))),
                          kPartLanes * kWarp, sizeof(PartsShared<T>)};
   return launch(sum_parts_kernel<T>, of_parts, place, static_cast<const Sum*>(a.scratch), number,
                 columns, static_cast<T*>(a.grad_fill) + first);

@@ -167,7 +167,7 @@ cudaError_t launch_copy(uint64_t bits, int64_t rows, int64_t row_bytes, const Co
   with_word(bits | static_cast<uint64_t>(row_bytes), [&](auto word) {
     const int64_t row_words = row_bytes / static_cast<int64_t>(sizeof(word));
     const int64_t words = rows * row_words;
-    const Grid grid = {dim3(static_cast<unsigned>((words + kEach - 1) / kEach)), kCopyThreads};
+    const Grid grid = {dim3(static_cast<unsigned>(ceil_div(words, kEach))), kCopyThreads};
     error = words < kSmallCopy ? copy(word, uint32_t{}, row_words, words, grid)
                                : copy(word, uint64_t{}, row_words, words, grid);
   });

@@ -160,9 +160,7 @@ class SampleScores {
       for (int half = 0; half < 2; ++half) {
         if (half == 1 && left <= 8) break;
         const RowSum all = plan.shares_keys ? of_blocks(row_of(half)) : of_warps(row_of(half));
-        const float weight =
-            all.sum == 0.0f ? 0.0f
-                            : rescaled({most[half], 1.0f}, all.most) * reciprocal_fast(all.sum);
+        const float weight = rescaled({most[half], 1.0f}, all.most) * reciprocal_fast(all.sum);
         scorer.add(e, half, row_of(half) < left ? weight : 0.0f);
       }
     }

@@ -56,7 +56,7 @@ struct ScoreMemory {
 inline ScoreMemory score_memory(const AttentionScoresArgs& a, unsigned warps, int most_tiles,
                                 int64_t keys, int buffers, int64_t room) {
   const int64_t row_bytes = a.width * (a.dtype == kFloat32 ? 4 : 2);
-  const int64_t steps = row_bytes == 0 ? 1 : (row_bytes + kStepBytes - 1) / kStepBytes;
+  const int64_t steps = row_bytes == 0 ? 1 : ceil_div<int64_t>(row_bytes, kStepBytes);
   const int sharing = static_cast<int>(a.heads / a.kv_heads);
   ScoreMemory m = {static_cast<int>(steps), kTileGroup, 1, buffers, sharing};
   while (m.tiles < most_tiles && m.keys(warps) < keys) m.tiles += kTileGroup;

@@ -77,7 +77,7 @@ class Scorer {
   __device__ void stage_queries(int buffer, int64_t head, const RowList& list, int first) {
     const int64_t sample = a.query_strides[0] == 0 ? 0 : b;
     const char* rows = bytes_at(a.query, sample * a.query_strides[0] + head * a.query_strides[1]);
-    const int left = (list.count - first + kRowTile - 1) / kRowTile * kRowTile;
+    const int left = ceil_div(list.count - first, kRowTile) * kRowTile;
     const int parts = m.steps * 4;  // of 16 bytes
 #pragma unroll 1
     for (int i = threadIdx.x; i < min(m.chunk_rows(), left) * parts; i += blockDim.x) {

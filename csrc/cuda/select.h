@@ -137,7 +137,7 @@ class SelectRow {
   template <class Body>
   __device__ void sweep(Threshold t, Span span, const Body& body) {
     const unsigned length = span.end - span.begin;
-    const unsigned each = (length + warps() * kWarp - 1) / (warps() * kWarp) * kWarp;
+    const unsigned each = ceil_div(length, blockDim.x) * kWarp;
     const unsigned warp_begin = span.begin + min(length, warp() * each);
     const unsigned warp_end = min(span.end, warp_begin + each);
     RowCounts counts = {0, 0, 0}, front = {0, 0, 0};
@@ -241,7 +241,7 @@ inline size_t select_sample_bytes(int64_t tokens) {
 template <class Output>
 __device__ inline void select_sample(const typename Output::Args& a, int64_t sample, char* memory) {
   const auto tokens = static_cast<unsigned>(a.tokens);
-  const unsigned part = (tokens + cluster_size() - 1) / cluster_size();
+  const unsigned part = ceil_div(tokens, cluster_size());
   auto* const shared = reinterpret_cast<SelectShared*>(memory);
   auto* const keys = reinterpret_cast<uint32_t*>(shared + 1);
   const RowShare share = {

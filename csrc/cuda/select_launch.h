@@ -98,18 +98,12 @@ SelectKernel<Output> kernel_of(bool plain, Search search) {
   return kernel_of<Output, kHeld, Output::kIsPlain>(search);
 }
 
-// Writes what Output does of every row.
+// So many blocks write what Output does of every row.
 template <class Output>
-int launch_select(const typename Output::Args& a, const Place& place) {
-  if (a.batch == 0) return cudaSuccess;
-  const OnDevice on(place);
-  if (on.error() != cudaSuccess) return on.error();
-  const DeviceLimits limits = limits_of(place.device);
-  const int64_t room = limits.shared_bytes - static_cast<int64_t>(sizeof(SelectShared));
-  const int64_t most_held = room / static_cast<int64_t>(sizeof(uint4)) * 4;
-  const int64_t blocks = blocks_of_row(a, limits, most_held);
+int launch_rows(const typename Output::Args& a, const DeviceLimits& limits, int64_t most_held,
+                int64_t blocks, const Place& place) {
   if (a.batch * blocks > INT32_MAX) return kTooManySamples;
-  const int64_t part = (a.tokens + blocks - 1) / blocks;
+  const int64_t part = ceil_div(a.tokens, blocks);
   const bool held = part <= most_held, plain = is_plain(a);
   const Search search = blocks == 1 ? kAlone : has_clusters(limits.major) ? kCluster : kGrid;
   Grid grid = {dim3(static_cast<unsigned>(a.batch * blocks)), threads_of(part, limits.major),
@@ -121,6 +115,22 @@ int launch_select(const typename Output::Args& a, const Place& place) {
   return launch(
       held ? kernel_of<Output, true>(plain, search) : kernel_of<Output, false>(plain, search), grid,
       place, a, part);
+}
+
+// Writes what Output does of every row.
+template <class Output>
+int launch_select(const typename Output::Args& a, const Place& place) {
+  if (a.batch == 0) return cudaSuccess;
+  const OnDevice on(place);
+  if (on.error() != cudaSuccess) return on.error();
+  const DeviceLimits limits = limits_of(place.device);
+  const int64_t room = limits.shared_bytes - static_cast<int64_t>(sizeof(SelectShared));
+  const int64_t most_held = room / static_cast<int64_t>(sizeof(uint4)) * 4;
+  const int64_t blocks = blocks_of_row(a, limits, most_held);
+  const int error = launch_rows<Output>(a, limits, most_held, blocks, place);
+  // where MPS or a green context keeps multiprocessors from this process, each row has one block
+  if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+  return launch_rows<Output>(a, limits, most_held, 1, place);
 }
 
 }  // namespace cuda

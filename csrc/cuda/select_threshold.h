@@ -47,7 +47,7 @@ class ThresholdSearch {
 
  private:
   static constexpr bool kTogether = Keys::kSearch != kAlone;
-  static constexpr int kRounds = (32 + kBinBits - 1) / kBinBits;  // for every bit of a key
+  static constexpr int kRounds = ceil_div(32, kBinBits);  // for every bit of a key
   Keys& keys;
   SelectShared& s;
 
@@ -67,7 +67,7 @@ class ThresholdSearch {
       __syncthreads();
       bins = s.total;
     }
-    const unsigned each = (kBins + blockDim.x - 1) / blockDim.x;
+    const unsigned each = ceil_div(kBins, blockDim.x);
     const unsigned first = min(kBins, threadIdx.x * each), last = min(kBins, first + each);
     unsigned own = 0;
     for (unsigned bin = first; bin < last; ++bin) own += bins[bin];

@@ -36,7 +36,7 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
   plan.blocks = blocks;
   plan.shares_keys = shares_keys;
   plan.groups = groups;
-  plan.part = (a.tokens + blocks - 1) / blocks;
+  plan.part = ceil_div<int64_t>(a.tokens, blocks);
   const int64_t keys = shares_keys ? plan.part : a.tokens;
   const int64_t few = int64_t{score_warps(a.dtype, kFewTiles, major)} * kFewTiles * 8;
   plan.tiles = keys <= few ? kFewTiles : kManyTiles;

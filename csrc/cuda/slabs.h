@@ -22,7 +22,7 @@ class Slabs {
   static constexpr int kEach = 16 / sizeof(T);  // features of a word
   static constexpr int kFeatures = kWords * kEach;
   __host__ __device__ static int64_t count_of(int64_t width) {  // of all features
-    return (width + kFeatures - 1) / kFeatures;
+    return ceil_div<int64_t>(width, kFeatures);
   }
 
   // places: in `shared`, each of a slab. Where slabs stay, these are a block's share of them; where

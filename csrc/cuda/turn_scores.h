@@ -141,7 +141,7 @@ class TurnScores {
       const RowSum* parts = t.parts + i / rows() * t.splits * rows() + i % rows();
       RowSum sum = parts[0];
       for (int split = 1; split < t.splits; ++split) sum = join(sum, parts[split * rows()]);
-      t.whole[i] = {sum.most, sum.sum == 0.0f ? 0.0f : 1.0f / sum.sum};
+      t.whole[i] = {sum.most, 1.0f / sum.sum};
     }
   }
 

@@ -75,6 +75,7 @@ _ATTENTION = {
     "NaN key": {"values": "NaN key", "selected": 3},
     "NaN key beside padding": {"values": "NaN key", "padding": "left", "batch": 3},
     "inf key": {"values": "inf key", "selected": 3},
+    "-inf keys": {"values": "-inf keys", "selected": 3, "ragged": True, "padding": "left"},
     "NaN padding": {"values": "NaN padding", "padding": "scattered", "batch": 4},
     "NaN padding, full row": {"values": "NaN padding", "padding": "one full row", "batch": 3},
     "float latents by head": {"query_batch": 1, "by_head": True, "padding": "left", "batch": 3},

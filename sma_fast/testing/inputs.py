@@ -133,6 +133,9 @@ def attention_inputs(
         key[:1, :1, -1:] = math.nan
     elif values == "inf key":
         key[:1, :, :1, :1] = math.inf
+    elif values == "-inf keys":  # logits, all of the first sample's
+        query[..., :1] = 1.0
+        key[:1, ..., :1] = -math.inf
     elif values == "NaN padding":
         key.masked_fill_(inputs["key_padding_mask"][:, None, :, None], math.nan)
     else:

@@ -39,7 +39,8 @@ void note_launch(const dim3& blocks) {
   if (file != nullptr) std::ofstream(file, std::ios::app) << blocks.x * blocks.y * blocks.z << '\n';
 }
 
-// SMA_EMULATED_ERROR=209 makes every launch fail with that error, in CUDA's own words.
+// SMA_EMULATED_ERROR=209 makes every launch fail with that error, in CUDA's own words; 720 only
+// those whose blocks must all run at once.
 cudaError_t chosen_error() {
   const char* given = std::getenv("SMA_EMULATED_ERROR");
   return given == nullptr ? cudaSuccess : static_cast<cudaError_t>(std::atoi(given));
@@ -175,8 +176,6 @@ namespace emulated {
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
                    std::function<void()> kernel) {
   note_launch(config.gridDim);
-  const cudaError_t chosen = chosen_error();
-  if (chosen != cudaSuccess) return report(chosen, words_of(chosen));
   const dim3 grid = config.gridDim, block = config.blockDim;
   dim3 cluster;
   bool cooperative = false;
@@ -186,6 +185,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
       cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
     else if (a.id == cudaLaunchAttributeCooperative) cooperative = a.val.cooperative != 0;
   }
+  const cudaError_t chosen = chosen_error();
+  if (chosen != cudaSuccess && (cooperative || chosen != cudaErrorCooperativeLaunchTooLarge))
+    return report(chosen, words_of(chosen));
   const Attributes allowed = attributes_of(key);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMostThreads || block.z > 64)
