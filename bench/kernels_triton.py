@@ -175,7 +175,11 @@ def _cases() -> dict[str, list[tuple]]:
         "aggregate_attention": [
             (map_, index, none, "mean", False),
             (map_, index, heads, "mean", True),
+            (empty(2, 8, 64, 1000, dtype=half), index, heads, "mean", False),
+            (empty(2, 8, 64, 2000), index, heads, "mean", True),
+            (empty(2, 8, 64, 4000, dtype=half), none, none, "none", True),
             (empty(1, 1, 2, 16384), none, none, "none", True),
+            (empty(2, 8, 64, 9000, dtype=half), index, heads, "mean", True),
         ],
         "select_tokens": [
             (scores, none, none, *by_ratio, *no_share),

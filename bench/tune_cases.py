@@ -170,7 +170,7 @@ ENTRIES = {
                     *("aggregate_attention", _sized("protein", 64, tokens=tokens), HALF),
                     *(_map(True), tokens),
                 )
-                for tokens in (2048, 8192)
+                for tokens in (2048, 4096)
             ),
         ),
     ),

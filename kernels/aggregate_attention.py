@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import turns
-from .launching import longest, power_of_2, setting
+from .launching import longest, most_registers, power_of_2, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OF_TURNS = [
@@ -80,10 +80,10 @@ def aggregate_attention_kernel(
     LOGITS: tl.constexpr,  # 0: no, 1: a block is a whole row, 2: by stats
     BLOCK: tl.constexpr,
 ):
-    at_sample = tl.program_id(0).to(tl.int64)
+    at_sample = tl.program_id(2).to(tl.int64)
     sample = at_sample + first_sample
     first = tl.program_id(1)
-    token = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
     to = out + at_sample * out_stride + first.to(tl.int64) * tokens + token
     total = tl.load(to, mask=inside & (adds + token * 0 != 0), other=0.0).to(tl.float64)
@@ -167,6 +167,7 @@ def launch(
                     INDEXED=query_index is not None,
                     BLOCK=chosen["block"],
                     num_warps=chosen["num_warps"],
+                    maxnreg=most_registers(chosen["num_warps"]),
                 )
             begun = turn.row > 0 or (turn.head > 0 and not apart)
             ended = turn.row + turn.rows == selected and turn.head + turn.heads == heads
@@ -177,7 +178,7 @@ def launch(
             else:
                 to = out[:, turn.head :] if apart else out
             alone = apart or samples > 0
-            aggregate_attention_kernel[(turn.samples, turn.heads if alone else 1, blocks)](
+            aggregate_attention_kernel[(blocks, turn.heads if alone else 1, turn.samples)](
                 *(attention, index, by_head, stats, to, queries, selected, tokens, *strides),
                 *(*place, int(alone), to.stride(0), int(begun and not samples)),
                 1.0 if samples else own_factor,
@@ -186,6 +187,7 @@ def launch(
                 LOGITS=0 if not logits else 1 if in_row else 2,
                 BLOCK=block,
                 num_warps=chosen["num_warps"],
+                maxnreg=most_registers(chosen["num_warps"]),
             )
             if samples:
                 turns.sum_heads(to, out, begun, own_factor)

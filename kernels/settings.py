@@ -30,9 +30,9 @@ DEFAULT = {
     "aggregate_attention.logits": (
         {"up_to": 1024, "num_warps": 4},
         {"up_to": 2048, "num_warps": 8},
-        {"up_to": 8192, "num_warps": 16},
+        {"up_to": 4096, "num_warps": 16},
     ),
-    # longer rows of logits, read twice: a block's maximum and sum cost less where it is longer
+    # longer rows of logits, read three times: a block's maximum and sum cost less where it is longer
     "aggregate_attention.long": ({"up_to": None, "block": 1024, "num_warps": 4},),
     # by the keys of a head, read once: more rows of queries at a time reuse the keys more, and take
     # registers; of more bytes of keys than `most_bytes` fewer blocks fit than hide the loads

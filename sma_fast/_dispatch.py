@@ -105,24 +105,19 @@ def _triton(op: str, device_type: str) -> Callable:
 
 @functools.cache
 def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -> Callable:
-    reasons, first = [], None
+    reasons = []
     for backend in (forced,) if forced else _ORDER.get(device_type, ("reference",)):
         try:
             function = implementation(backend, op, device_type)
         except Unavailable as reason:
             reasons.append(f"{backend}: {reason}")
             continue
-        dtypes = getattr(function, "dtypes", None)
-        if dtypes is None or dtype in dtypes:
-            if first is not None:
-                return first if backend == "reference" else _by_suit(first, function)
-            if forced or device_type != "cuda" or getattr(function, "suits", None) is None:
-                return function
-            first = function
-            continue
-        reasons.append(f"{backend}: {op} does not take {dtype}")
-    if first is not None:
-        return first
+        if not _takes(function, dtype):
+            reasons.append(f"{backend}: {op} does not take {dtype}")
+        elif forced or backend != "cuda" or function.suits is None:
+            return function
+        else:
+            return _by_suit(function, functools.partial(_stand_in, op, device_type, dtype))
     raise RuntimeError(
         f"sma_fast.{op} has no implementation for {device_type} {dtype} here: "
         f"{'; '.join(reasons)}. sma_fast.backends() lists what there is; "
@@ -130,10 +125,25 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -
     )
 
 
-def _by_suit(first: Callable, other: Callable) -> Callable:
-    # two that give the same, of which one is slow for some inputs, or has no room for them
+def _takes(function: Callable, dtype: torch.dtype) -> bool:
+    dtypes = getattr(function, "dtypes", None)
+    return dtypes is None or dtype in dtypes
+
+
+@functools.cache
+def _stand_in(op: str, device_type: str, dtype: torch.dtype) -> Callable | None:
+    # Triton is imported when it is needed first
+    try:
+        function = implementation("triton", op, device_type)
+    except Unavailable:
+        return None
+    return function if _takes(function, dtype) else None
+
+
+def _by_suit(first: Callable, stand_in: Callable[[], Callable | None]) -> Callable:
+    # two that give the same, of which the first is slow for some inputs, or has no room for them
     def call(*args):
-        return (first if first.suits(*args) else other)(*args)
+        return ((None if first.suits(*args) else stand_in()) or first)(*args)
 
     return call
 

@@ -502,6 +502,16 @@ def test_sums_of_rows_in_turns(backend, options, monkeypatch):
     torch.testing.assert_close(scores, expected, rtol=3e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("scale", (0.3, 0.5, 0.7))
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_large_logits(backend, dtype, scale):
+    """Of 1e9 and more: whatever the rounding, the largest has the exponent 0."""
+    query = torch.full((1, 1, 1, 4), 6e4).to(dtype)
+    key = torch.tensor([1.0, 0.5, -1.0, 0.25])[:, None].to(dtype) * query
+    inputs = backend.inputs({"query": query, "key": key, "scale": scale})
+    assert torch.equal(call(OP, inputs).cpu(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
 @pytest.mark.one_instruction_set
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("width", (20, 72, 130, 600))

@@ -3,8 +3,11 @@
 In the emulator, whose runtime fails as it is told (SMA_EMULATED_ERROR).
 """
 
+import re
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import sma_fast
 from sma_fast import _native
@@ -65,6 +68,21 @@ def test_a_device_that_is_not_there(emulated, monkeypatch, op):
     said = rf"^sma_fast\.{op} on CUDA device 1, {OPS[op][1]}: .*device 1 of 1"
     with pytest.raises(RuntimeError, match=said):
         call(op, inputs_of(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_another_device_than_the_current_one(emulated, monkeypatch, tmp_path, op):
+    """Is the current one for the launches, and the other one again behind them."""
+    expected = call(op, inputs_of(op))
+    monkeypatch.setenv("SMA_EMULATED_DEVICES", "2")
+    monkeypatch.setenv("SMA_EMULATED_LAUNCHES", str(tmp_path / "launches"))
+    monkeypatch.setattr(_native, "_where", lambda x: (1, 0))
+    found = call(op, inputs_of(op))
+    lines = (tmp_path / "launches").read_text().splitlines()
+    changes = "".join("L" if line.isdigit() else line[-1] for line in lines)
+    assert re.fullmatch("(1L+0)+", changes)
+    for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert x is y is None or torch.equal(x, y)
 
 
 @pytest.mark.parametrize("number, words, advice", (*ERRORS.values(), TOO_LARGE))

@@ -42,7 +42,7 @@ def noted(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setenv("SMA_EMULATED_LAUNCHES", str(file))
     yield blocks
     monkeypatch.delenv("SMA_EMULATED_LAUNCHES")
-    blocks += map(int, file.read_text().split())
+    blocks += map(int, filter(str.isdigit, file.read_text().splitlines()))
 
 
 def launches(inputs: dict, file: Path, monkeypatch: pytest.MonkeyPatch) -> int:

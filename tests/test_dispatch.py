@@ -71,10 +71,15 @@ def test_poisoned_memory_shows(poisoned_memory):
     assert bool((torch.empty(5, dtype=torch.int64) == torch.iinfo(torch.int64).max).all())
 
 
-def answered(monkeypatch, op, *arguments, forced=None, without=()) -> str:
+STAND_IN = _dispatch._stand_in.__wrapped__
+
+
+def answered(monkeypatch, op, *arguments, forced=None, without=(), broken=()) -> str:
     """Returns which backend answers on a GPU."""
 
     def implementation(backend, op, device_type):
+        if backend in broken:
+            raise ImportError("broken")
         if backend in without:
             raise _dispatch.Unavailable("not here")
 
@@ -85,6 +90,7 @@ def answered(monkeypatch, op, *arguments, forced=None, without=()) -> str:
         return function
 
     monkeypatch.setattr(_dispatch, "implementation", implementation)
+    monkeypatch.setattr(_dispatch, "_stand_in", STAND_IN)
     choose = _dispatch._choose.__wrapped__
     return choose(op, "cuda", arguments[0].dtype, forced)(*arguments)
 
@@ -102,6 +108,9 @@ def test_long_and_strided_gradients_are_triton_s(monkeypatch):
     assert answers(strided, 5, forced="cuda") == "cuda"
     assert answers(strided, 5, without=("triton",)) == "cuda"
     assert answers(packed, 5, without=("cuda",)) == "triton"
+    assert answers(packed, 5, broken=("triton",)) == "cuda"  # which does not import it
+    with pytest.raises(ImportError):
+        answers(strided, 5, broken=("triton",))
 
 
 @pytest.mark.parametrize("op", ["attention_scores", "self_guided_masking"])

@@ -104,9 +104,7 @@ __device__ inline void cluster_sync() {
 template <class T>  // the same place in the shared memory of another block of the cluster
 __device__ inline T* cluster_map(T* shared, unsigned rank) {
   uint64_t there;
-  asm volatile("mapa.u64 %0, %1, %2;"
-               : "=l"(there)
-               : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
   return reinterpret_cast<T*>(there);
 }
 #else
@@ -128,6 +126,20 @@ __device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 __device__ inline unsigned lane() { return threadIdx.x % kWarp; }
 __device__ inline unsigned warp() { return threadIdx.x / kWarp; }
 __device__ inline unsigned warps() { return blockDim.x / kWarp; }
+
+// A number that all lanes have, told to the compiler as such. All lanes call it.
+__device__ inline unsigned same_in_warp(unsigned x) { return __shfl_sync(kAllLanes, x, 0); }
+
+// The same pointer to global memory, as one that is not to be computed again at each use.
+template <class T>
+__device__ inline T* hoisted(T* pointer) {
+#ifdef __CUDACC__
+  size_t address = __cvta_generic_to_global(pointer);
+  asm("" : "+l"(address));
+  pointer = static_cast<T*>(__cvta_global_to_generic(address));
+#endif
+  return pointer;
+}
 
 // How a kernel is launched, with how many blocks in a cluster.
 struct Grid {

@@ -38,6 +38,7 @@ struct Parts {
 // Where the rows of a block come from.
 template <class Index>
 struct NotedRows {
+  static constexpr bool kReadsOnce = true;
   const int* notes;
   Index first_row;
   const char* grad;

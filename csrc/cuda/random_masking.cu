@@ -76,6 +76,7 @@ __device__ unsigned token_at(const int64_t* restore, unsigned tokens, unsigned k
 
 // Where the visible rows come from that one block copies.
 struct VisibleRows {
+  static constexpr bool kReadsOnce = true;
   const char* rows;
   int64_t token_bytes;
   const unsigned* ids;  // from the row `first` on

@@ -10,6 +10,7 @@ namespace {
 // Where the row of a token comes from.
 template <class Index>
 struct RestoreSource {
+  static constexpr bool kReadsOnce = false;  // a fill is read for many tokens: it stays in L1
   const char *visible_rows, *fill_rows;
   const int64_t* ids_restore;
   int64_t visible_batch_bytes, visible_token_bytes, fill_batch_bytes, fill_token_bytes;

@@ -74,12 +74,9 @@ __device__ inline RowList list_rows(const AttentionScoresArgs& a, int64_t b, int
     const unsigned takes = __ballot_sync(kAllLanes, query >= 0);
     if (lane() == 0) counts[warp()] = __popc(takes);
     __syncthreads();
-    int before = total;
-#pragma unroll 1
-    for (unsigned w = 0; w < warps(); ++w) {
-      if (w < warp()) before += counts[w];
-      total += counts[w];
-    }
+    const int of_warp = lane() < warps() ? counts[lane()] : 0;
+    const int before = total + __reduce_add_sync(kAllLanes, lane() < warp() ? of_warp : 0);
+    total += __reduce_add_sync(kAllLanes, of_warp);
     if (query >= 0) rows[before + __popc(takes & ((1u << lane()) - 1))] = static_cast<int>(query);
     __syncthreads();  // the counts are read, the rows written
   }

@@ -82,9 +82,11 @@ __device__ void copy_rows(Word* out, const Words<Index>& words, unsigned thread,
     for (int i = 0; i < kCopies; ++i) {
       const char* from = source.row(row[i], id[i]);
       word[i] = Word{};
-      if (from != nullptr)
-        word[i] = load_word(reinterpret_cast<const Word*>(from) +
-                            (first + i * threads - row[i] * words.row_words));
+      if (from == nullptr) continue;
+      const Word* const at =
+          reinterpret_cast<const Word*>(from) + (first + i * threads - row[i] * words.row_words);
+      if constexpr (Source::kReadsOnce) word[i] = load_word(at);
+      else word[i] = *at;
     }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i)
@@ -94,6 +96,7 @@ __device__ void copy_rows(Word* out, const Words<Index>& words, unsigned thread,
 
 // Where the rows of a sample's gather come from.
 struct GatherRows {
+  static constexpr bool kReadsOnce = true;
   const char* rows;
   const int64_t* ids;
   int64_t token_bytes;

@@ -12,6 +12,7 @@ namespace sma {
 namespace cuda {
 
 constexpr unsigned kMostBlocks = 16;  // of a cluster
+constexpr int kMostGroups = 8;        // of heads
 constexpr int kQuad = 4;              // lanes that share a row
 
 // Sums of a row, two at a time: what a lane reads at once.
@@ -19,6 +20,7 @@ struct alignas(16) RowSumPair {
   RowSum of[2];
 };
 constexpr int kPairs = kScoreWarps / 2;
+constexpr unsigned kWarpsOfQuad = 2 * kQuad;  // whose sums its lanes read at once
 static_assert(kPairs % kQuad == 0, "each lane of a row reads the sums of as many warps");
 
 // How a sample is shared.
@@ -27,6 +29,8 @@ struct Plan {
   unsigned warps;    // of a block
   int tiles;         // of 8 keys that the kernel's warps can take
   int groups;        // of heads, added up in order; where heads stay apart, each is one
+  int own_groups;    // of a block
+  int group_shift;   // groups are 2 to the power of it; negative where each is a head
   bool shares_keys;  // else heads
   int64_t part;      // tokens of a block: of its selection and, where it shares keys, its keys
   ScoreMemory memory;
@@ -57,7 +61,9 @@ class SampleScores {
         rows(reinterpret_cast<int*>(shared + plan.rows)),
         columns(reinterpret_cast<float*>(shared + plan.columns)) {
     first_key = plan.shares_keys ? min(a.tokens, rank * plan.part) : 0;
-    last_head = first_head_of(first_group() + own_groups());
+    last_head = first_head_of(first_group() + plan.own_groups);
+    group = first_group();
+    group_end = first_head_of(group + 1);
     // warps that are not there stay at this
     for (unsigned i = threadIdx.x; i < 2 * kRowTile * kPairs; i += blockDim.x)
       row_sums[0][0][i] = {{{-kInfinity, 0.0f}, {-kInfinity, 0.0f}}};
@@ -112,9 +118,12 @@ class SampleScores {
   float* const columns;
   int64_t first_key;
   int last_head;
+  int group, group_end;  // which heads are added up now, and the head behind them
   int parity = 0;
 
-  __device__ int key_head(int head) const { return head / plan.memory.sharing; }
+  __device__ int key_head(int head) const {
+    return plan.memory.sharing == 1 ? head : head / plan.memory.sharing;
+  }
 
   // Goes on to the next chunk that has rows; false: there is none.
   __device__ bool find_next(Item* at) {
@@ -144,39 +153,63 @@ class SampleScores {
     for (int tile = 0; tile < plan.memory.row_tiles; ++tile, parity ^= 1) {
       const int left = item.count - item.first - tile * kRowTile;
       if (left <= 0) return;
-      typename Score::Logits e;
-      float most[2];
-      scorer.logits(item.keys, item.queries, tile, e);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (half == 1 && left <= 8) break;
-        const RowSum own = scorer.exponentials(e, half);
-        most[half] = own.most;
-        if (lane() % kQuad == 0) row_sums[parity][row_of(half)][warp() / 2].of[warp() % 2] = own;
-      }
-      __syncthreads();
-      if (plan.shares_keys) tell_blocks();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (half == 1 && left <= 8) break;
-        const RowSum all = plan.shares_keys ? of_blocks(row_of(half)) : of_warps(row_of(half));
-        const float weight = rescaled({most[half], 1.0f}, all.most) * reciprocal_fast(all.sum);
-        scorer.add(e, half, row_of(half) < left ? weight : 0.0f);
-      }
+      if (left > 8) add_tile<2>(item, tile, left);
+      else add_tile<1>(item, tile, left);
     }
+  }
+
+  // kHalves: of the rows that are there.
+  template <int kHalves>
+  __device__ void add_tile(const Item& item, int tile, int left) {
+    typename Score::Logits e;
+    RowSum own[kHalves], all[kHalves];
+    scorer.logits(item.keys, item.queries, tile, e);
+    scorer.exponentials(e, own);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+      if (lane() % kQuad == 0)
+        row_sums[parity][row_of(half)][warp() / 2].of[warp() % 2] = own[half];
+    __syncthreads();
+    if (plan.shares_keys) {
+      tell_blocks();
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) all[half] = of_blocks(row_of(half));
+    } else {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) all[half] = of_warps(row_of(half));
+    }
+    float weight[kHalves];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      weight[half] =
+          rescaled({own[half].most, 1.0f}, all[half].most) * reciprocal_fast(all[half].sum);
+      if (row_of(half) >= left) weight[half] = 0.0f;
+    }
+    scorer.add(e, weight);
   }
 
   static __device__ int row_of(int half) { return half * 8 + static_cast<int>(lane()) / kQuad; }
 
+  template <int kEach>  // pairs of warps that a lane takes
+  struct Parts {
+    RowSum of[2 * kEach];
+  };
+  template <int kEach>
+  __device__ Parts<kEach> of_pairs(int row) const {
+    Parts<kEach> parts;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const RowSumPair pair = row_sums[parity][row][lane() % kQuad + i * kQuad];
+      parts.of[2 * i] = pair.of[0];
+      parts.of[2 * i + 1] = pair.of[1];
+    }
+    return parts;
+  }
+
   // What the keys of this block add up to.
   __device__ RowSum of_warps(int row) const {
-    RowSum parts[kPairs / kQuad];
-#pragma unroll
-    for (int i = 0; i < kPairs / kQuad; ++i) {
-      const RowSumPair pair = row_sums[parity][row][lane() % kQuad + i * kQuad];
-      parts[i] = join(pair.of[0], pair.of[1]);
-    }
-    return join_row(parts);
+    if (warps() <= kWarpsOfQuad) return join_row(of_pairs<1>(row).of);
+    return join_row(of_pairs<kPairs / kQuad>(row).of);
   }
 
   // What the keys of all blocks add up to.
@@ -199,22 +232,18 @@ class SampleScores {
     return join_row(parts);
   }
 
-  // Of the groups that this block adds up: how many, and the first.
-  __device__ int own_groups() const {
-    return plan.shares_keys ? plan.groups : plan.groups / static_cast<int>(plan.blocks);
-  }
+  // The first of the groups that this block adds up.
   __device__ int first_group() const {
-    return plan.shares_keys ? 0 : static_cast<int>(rank) * own_groups();
+    return plan.shares_keys ? 0 : static_cast<int>(rank) * plan.own_groups;
   }
   __device__ int first_head_of(int group) const {
-    return static_cast<int>(a.heads) * group / plan.groups;
+    return plan.group_shift < 0 ? group : static_cast<int>(a.heads) * group >> plan.group_shift;
   }
   __device__ bool keeps_groups() const { return plan.blocks > 1 && !plan.shares_keys; }
 
   // Writes what a head's rows add up to, or adds it to its group's.
   __device__ void end_head(int head) {
-    const int group = (plan.groups * (head + 1) - 1) / static_cast<int>(a.heads);
-    if (first_head_of(group + 1) != head + 1) return;
+    if (head + 1 != group_end) return;
     float* sums = columns - first_key + (keeps_groups() ? (group - first_group()) * a.tokens : 0);
     bool first = keeps_groups() || group == first_group();
     if (a.reduce == kNone) {
@@ -222,6 +251,7 @@ class SampleScores {
       first = true;
     }
     scorer.take_columns([&](int n, float sum) { sums[n] = first ? sum : sums[n] + sum; });
+    group_end = first_head_of(++group + 1);
   }
 
   __device__ void write_sums() {
@@ -232,11 +262,18 @@ class SampleScores {
     cluster_sync();
     for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) {
       float total = 0.0f;
-      if (keeps_groups())
-        for (unsigned r = 0; r < plan.blocks; ++r)
-          for (int group = 0; group < own_groups(); ++group)
-            total += cluster_map(columns, r)[group * a.tokens + n];
-      else total = columns[n - first_key];
+      if (keeps_groups()) {
+        float sums[kMostGroups];  // all on their way at once
+#pragma unroll
+        for (int group = 0; group < kMostGroups; ++group) {
+          const unsigned r = group * plan.blocks >> plan.group_shift;
+          if (group < plan.groups)
+            sums[group] = cluster_map(columns, r)[(group - r * plan.own_groups) * a.tokens + n];
+        }
+#pragma unroll
+        for (int group = 0; group < kMostGroups; ++group)
+          if (group < plan.groups) total += sums[group];
+      } else total = columns[n - first_key];
       scores[n] = total * factor;
     }
   }

@@ -16,7 +16,7 @@ constexpr int kFewTiles = 8;          // of a warp,
 constexpr int kManyTiles = 16;        // and where the warps are fewer
 constexpr int64_t kReservedShared = 1 << 10;  // bytes of each block's that CUDA takes
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLeastFactor = 1e-37f;  // instead of 0, which times -inf would be NaN
+constexpr float kLeastFactor = 1.17549435e-38f;  // not 0, which times -inf would be NaN
 
 // Warps that a multiprocessor has registers for. Code for GPUs from 10.0 on needs more of them.
 constexpr unsigned score_warps(int type, int tiles, int major) {

@@ -15,6 +15,10 @@
 namespace sma {
 namespace cuda {
 
+// What exponents are counted from is rounded. Where it is larger, they could leave the range unless
+// what it is taken from is rounded too.
+constexpr float kLargeBase = 1 << 28;
+
 // kType: of queries and keys; kTiles: of 8 keys that a warp takes, at most.
 template <int kType, int kTiles>
 class Scorer {
@@ -27,8 +31,9 @@ class Scorer {
         m(memory),
         b(sample),
         factor(fmaxf(fabsf(args.scale) * kLog2e, kLeastFactor)),
+        own_warp(same_in_warp(warp())),
         queries(reinterpret_cast<uint4*>(shared)),
-        keys(queries + 2 * memory.chunk_words() + warp() * memory.tiles * memory.steps * kWarp +
+        keys(queries + 2 * memory.chunk_words() + own_warp * memory.tiles * memory.steps * kWarp +
              lane()) {
     clear_columns();
   }
@@ -59,34 +64,57 @@ class Scorer {
 
   // Sends for the keys of a head; those that do not count are zeros.
   __device__ void stage_keys(int buffer, int key_head) {
+    const int64_t row_bytes = a.key_strides[2] * kSize;
     const char* rows = bytes_at(a.key, b * a.key_strides[0] + key_head * a.key_strides[1]);
+    const bool in_words = are_words(rows, row_bytes, a.key_strides[3]);
+    const int offset = static_cast<int>(lane() % 4) * 16;
+    uint4* const to = &keys[buffer * m.key_words(warps())];
 #pragma unroll 1
-    for (int i = 0; i < m.tiles; ++i) {
-      if (!(live >> i / kTileGroup & 1)) continue;
-      const int n = first_of(i) + static_cast<int>(lane() / 4);
-      const char* row = rows + n * a.key_strides[2] * kSize;
+    for (int first = 0; first < m.tiles; first += kTileGroup) {
+      if (!(live >> first / kTileGroup & 1)) continue;
+      const char* row =
+          hoisted(rows + (first_of(first) + static_cast<int>(lane() / 4)) * row_bytes);
 #pragma unroll 1
-      for (int step = 0; step < m.steps; ++step)
-        stage(&keys[buffer * m.key_words(warps()) + (step * m.tiles + i) * kWarp], row,
-              a.key_strides[3], step * kStepBytes + static_cast<int>(lane() % 4) * 16,
-              staged >> i & 1);
+      for (int step = 0; step < m.steps; ++step) {
+        uint4* const place = &to[(step * m.tiles + first) * kWarp];
+        if (in_words) {
+          const int at = step * kStepBytes + offset;
+          const uint32_t reads = at < static_cast<int>(a.width) * kSize ? staged >> first : 0;
+          const char* from = row + at;
+#pragma unroll
+          for (int i = 0; i < kTileGroup; ++i, from += 8 * row_bytes)
+            if (reads >> i & 1) copy_async_16(&place[i * kWarp], from);
+            else place[i * kWarp] = uint4{};
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < kTileGroup; ++i)
+            stage(&place[i * kWarp], row + i * 8 * row_bytes, a.key_strides[3],
+                  step * kStepBytes + offset, staged >> first >> i & 1);
+        }
+      }
     }
   }
 
   // Sends for the chunk of queries from `first` on of the list; rows behind its end are zeros.
   __device__ void stage_queries(int buffer, int64_t head, const RowList& list, int first) {
-    const int64_t sample = a.query_strides[0] == 0 ? 0 : b;
+    const int64_t sample = a.query_strides[0] == 0 ? 0 : b, row_bytes = a.query_strides[2] * kSize;
     const char* rows = bytes_at(a.query, sample * a.query_strides[0] + head * a.query_strides[1]);
-    const int left = ceil_div(list.count - first, kRowTile) * kRowTile;
-    const int parts = m.steps * 4;  // of 16 bytes
+    const bool in_words = are_words(rows, row_bytes, a.query_strides[3]);
+    const int left = min(m.chunk_rows(), ceil_div(list.count - first, kRowTile) * kRowTile);
+    const int part = static_cast<int>(threadIdx.x % 4);  // of 16 bytes
 #pragma unroll 1
-    for (int i = threadIdx.x; i < min(m.chunk_rows(), left) * parts; i += blockDim.x) {
-      const int row = i / parts, part = i % parts;
+    for (int row = static_cast<int>(threadIdx.x / 4); row < left; row += blockDim.x / 4) {
       const bool read = first + row < list.count;
-      const int64_t from = read ? list.rows[first + row] : 0;
-      const int half = (row / kRowTile * m.steps + part / 4) * 2 + row % kRowTile / 8;
-      stage(&queries[buffer * m.chunk_words() + half * kWarp + row % 8 * 4 + part % 4],
-            rows + from * a.query_strides[2] * kSize, a.query_strides[3], part * 16, read);
+      const char* from = rows + (read ? list.rows[first + row] : 0) * row_bytes;
+      uint4* to = &queries[buffer * m.chunk_words() +
+                           (row / kRowTile * m.steps * 2 + row % kRowTile / 8) * kWarp +
+                           row % 8 * 4 + part];
+#pragma unroll 1
+      for (int at = part * 16; at < m.steps * kStepBytes; at += kStepBytes, to += 2 * kWarp) {
+        if (!in_words) stage(to, from, a.query_strides[3], at, read);
+        else if (read && at < a.width * kSize) copy_async_16(to, from + at);
+        else *to = uint4{};
+      }
     }
   }
 
@@ -98,7 +126,10 @@ class Scorer {
         &queries[queries_buffer * m.chunk_words() + row_tile * m.steps * 2 * kWarp + lane()];
     const uint4* key = &keys[keys_buffer * m.key_words(warps())];
     const uint32_t flip = a.scale < 0 ? kSign : 0;
-    start(logit);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) logit[i][j] = 0.0f;
 #pragma unroll 1
     for (int step = 0; step < m.steps; ++step) {
       const uint4 up = query[0], low = query[kWarp];
@@ -118,54 +149,72 @@ class Scorer {
       query += 2 * kWarp;
       key += m.tiles * kWarp;
     }
+    if (full == live) return;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (!counts(i, j % 2)) logit[i][j] = -kInfinity;
   }
 
-  // The largest logit of a half of the rows, of this warp's keys, times log2(e).
-  __device__ float largest(const Logits& logit, int half) const {
-    float most = -kInfinity;
-    for_each_group([&](int first) {
-      float of[kTileGroup];
+  // Of kHalves halves of the rows, whose steps are taken together: they do not wait for each other.
+  // The largest logit of each, of this warp's keys, times log2(e).
+  template <int kHalves>
+  __device__ void largest(const Logits& logit, float (&most)[kHalves]) const {
 #pragma unroll
-      for (int i = 0; i < kTileGroup; ++i)
-        of[i] = fmaxf(logit[first + i][2 * half], logit[first + i][2 * half + 1]);
-      most = fmaxf(most, fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3])));
-    });
-    return most_of_row(most) * factor;
-  }
-
-  // Turns the logits of a half of the rows into exponentials against `most`; returns their sum over
-  // this lane's columns.
-  __device__ float exponentials(Logits& logit, int half, float most) const {
-    const float base = base_of(most);
-    float sum = 0.0f;
+    for (int half = 0; half < kHalves; ++half) most[half] = -kInfinity;
     for_each_group([&](int first) {
-      float of[kTileGroup];
 #pragma unroll
-      for (int i = 0; i < kTileGroup; ++i) {
-        float* const x = &logit[first + i][2 * half];
-        x[0] = exp2_fast(fmaf(x[0], factor, -base));
-        x[1] = exp2_fast(fmaf(x[1], factor, -base));
-        of[i] = x[0] + x[1];
+      for (int half = 0; half < kHalves; ++half) {
+        float of[kTileGroup];
+#pragma unroll
+        for (int i = 0; i < kTileGroup; ++i)
+          of[i] = fmaxf(logit[first + i][2 * half], logit[first + i][2 * half + 1]);
+        most[half] = fmaxf(most[half], fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3])));
       }
-      sum += (of[0] + of[1]) + (of[2] + of[3]);
     });
-    return sum;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) most[half] = most_of_row(most[half]) * factor;
+  }
+
+  // Turns the logits into exponentials against `most`; `sum`: over this lane's columns.
+  template <int kHalves>
+  __device__ void exponentials(Logits& logit, const float (&most)[kHalves],
+                               float (&sum)[kHalves]) const {
+    bool is_large = false;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) is_large |= fabsf(base_of(most[half])) >= kLargeBase;
+    if (is_large)
+      exponentials_of(logit, most, sum,
+                      [&](float x, float base) { return __fmul_rn(x, factor) - base; });
+    else
+      exponentials_of(logit, most, sum,
+                      [&](float x, float base) { return fmaf(x, factor, -base); });
   }
 
   // The same against the largest of this warp's keys, with their sum.
-  __device__ RowSum exponentials(Logits& logit, int half) const {
-    const float most = largest(logit, half);
-    return {most, sum_of_row(exponentials(logit, half, most))};
+  template <int kHalves>
+  __device__ void exponentials(Logits& logit, RowSum (&row)[kHalves]) const {
+    float most[kHalves], sum[kHalves];
+    largest(logit, most);
+    exponentials(logit, most, sum);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) row[half] = {most[half], sum_of_row(sum[half])};
   }
 
-  // Adds the exponentials of a half of the rows, with their row's weight, to the columns.
-  __device__ void add(const Logits& e, int half, float weight) {
-    if (weight == 0.0f) return;  // a row that is none: zeros times an infinite key are NaN
+  // Adds the exponentials, with the weight of their row, to the columns. A row that is none has
+  // weight 0 and is left out: zeros times an infinite key are NaN.
+  template <int kHalves>
+  __device__ void add(const Logits& e, const float (&weight)[kHalves]) {
     for_each_group([&](int first) {
 #pragma unroll
-      for (int i = first; i < first + kTileGroup; ++i)
+      for (int half = 0; half < kHalves; ++half)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) column[i][j] = fmaf(e[i][2 * half + j], weight, column[i][j]);
+        for (int i = first; i < first + kTileGroup; ++i)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            if (weight[half] != 0.0f)
+              column[i][j] = fmaf(e[i][2 * half + j], weight[half], column[i][j]);
     });
   }
 
@@ -193,6 +242,7 @@ class Scorer {
   const ScoreMemory& m;
   const int64_t b;
   const float factor;  // makes exp2 of a logit its exponential
+  const unsigned own_warp;
   uint4* const queries;
   uint4* const keys;        // this lane's places
   float column[kTiles][2];  // sums over this lane's rows
@@ -203,6 +253,29 @@ class Scorer {
   uint32_t full = 0;    // and for each of which all do
 
   static constexpr int kEach = kTiles / 8;  // tiles that a lane writes
+
+  // exponent(x, base): of a logit, to the base 2.
+  template <int kHalves, class Exponent>
+  __device__ void exponentials_of(Logits& logit, const float (&most)[kHalves],
+                                  float (&sum)[kHalves], const Exponent& exponent) const {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) sum[half] = 0.0f;
+    for_each_group([&](int first) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        const float base = base_of(most[half]);
+        float of[kTileGroup];
+#pragma unroll
+        for (int i = 0; i < kTileGroup; ++i) {
+          float* const x = &logit[first + i][2 * half];
+          x[0] = exp2_fast(exponent(x[0], base));
+          x[1] = exp2_fast(exponent(x[1], base));
+          of[i] = x[0] + x[1];
+        }
+        sum[half] += (of[0] + of[1]) + (of[2] + of[3]);
+      }
+    });
+  }
 
   // In three steps the lanes of a column halve what each of them adds up.
   template <int kLeft, int kOther>
@@ -222,7 +295,7 @@ class Scorer {
   // The first key of a tile of this warp. Warps take groups in turns, so that where keys end they
   // are left with as many, and those that share a scheduler too.
   __device__ int first_of(int tile) const {
-    const auto group = static_cast<unsigned>(tile) / kTileGroup * warps() + warp();
+    const auto group = static_cast<unsigned>(tile) / kTileGroup * warps() + own_warp;
     return begin + static_cast<int>(group * kTileGroup * 8) + tile % kTileGroup * 8;
   }
   __device__ bool counts(int tile, int j) const { return valid >> (2 * tile + j) & 1; }
@@ -243,18 +316,11 @@ class Scorer {
       if (live >> group & 1) body(group * kTileGroup);
   }
 
-  // What products are added to: 0, or -inf where the key does not count.
-  __device__ void start(Logits& logit) const {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) logit[i][j] = 0.0f;
-    if (full == live) return;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (!counts(i, j % 2)) logit[i][j] = -kInfinity;
+  // Whether rows of a head can be read 16 bytes at a time.
+  __device__ bool are_words(const char* rows, int64_t row_bytes, int64_t stride) const {
+    return stride == 1 && ((reinterpret_cast<uintptr_t>(rows) | static_cast<uint64_t>(row_bytes) |
+                            static_cast<uint64_t>(a.width * kSize)) &
+                           15) == 0;
   }
 
   // 16 bytes of a row to shared memory, zeros behind its end.
@@ -262,8 +328,6 @@ class Scorer {
     const int bytes = read ? static_cast<int>(a.width) * kSize - offset : 0;
     if (bytes <= 0) {
       *to = uint4{};
-    } else if (bytes >= 16 && stride == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-      copy_async_16(to, row + offset);
     } else {
       uint32_t half[8] = {};  // two of them are a float32
 #pragma unroll

@@ -138,7 +138,7 @@ class SelectRow {
   __device__ void sweep(Threshold t, Span span, const Body& body) {
     const unsigned length = span.end - span.begin;
     const unsigned each = ceil_div(length, blockDim.x) * kWarp;
-    const unsigned warp_begin = span.begin + min(length, warp() * each);
+    const unsigned warp_begin = span.begin + min(length, same_in_warp(warp()) * each);
     const unsigned warp_end = min(span.end, warp_begin + each);
     RowCounts counts = {0, 0, 0}, front = {0, 0, 0};
     count(t, warp_begin + lane(), warp_end, kWarp, counts);

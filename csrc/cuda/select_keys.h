@@ -16,17 +16,6 @@ constexpr unsigned kMostWarps = 32;
 constexpr unsigned kReads = 8;   // scores that a thread has on their way,
 constexpr unsigned kCounts = 4;  // and keys
 
-// The same pointer to global memory, as one that is not to be computed again at each use.
-template <class T>
-__device__ inline T* hoisted(T* pointer) {
-#ifdef __CUDACC__
-  size_t address = __cvta_generic_to_global(pointer);
-  asm("" : "+l"(address));
-  pointer = static_cast<T*>(__cvta_global_to_generic(address));
-#endif
-  return pointer;
-}
-
 // Unsigned integers in the order of the scores times `sign`; NaN counts as -inf, and -0 is 0.
 __device__ inline uint32_t ordered_key(float x, float sign) {
   const float value = fmaxf(fmaf(x, sign, 0.0f), -__builtin_huge_valf());
@@ -227,25 +216,14 @@ class RowKeys {
     unsigned competing = 0;
     const auto take = [&](unsigned i, float value) {
       const uint32_t key = made_key(mark(i), value);
-      if constexpr (kHeld) keys[i] = key;
       const bool competes = kPlain || (key >= kLastKey && key != kTaken);
       low = min(low, competes ? key : kNoKey);
       high = max(high, competes ? key : 0);
       if constexpr (!kPlain) competing += competes;
+      return key;
     };
-    constexpr unsigned kOfWarp = kReads * kWarp;
-    for (unsigned start = warp() * kOfWarp; start < size; start += blockDim.x * kReads) {
-      const unsigned first = start + lane();
-      float number[kReads];
-      with_type(values, dtype, [&](const auto* from) {
-#pragma unroll
-        for (unsigned j = 0; j < kReads; ++j)
-          number[j] = first + j * kWarp < size ? to_float(from[first + j * kWarp]) : 0.0f;
-      });
-#pragma unroll
-      for (unsigned j = 0; j < kReads; ++j)
-        if (first + j * kWarp < size) take(first + j * kWarp, number[j]);
-    }
+    if (is_in_fours()) read_in_fours(take);
+    else read_one_by_one(take);
     low = __reduce_min_sync(kAllLanes, low);
     high = __reduce_max_sync(kAllLanes, high);
     if constexpr (!kPlain) competing = __reduce_add_sync(kAllLanes, competing);
@@ -294,6 +272,51 @@ class RowKeys {
     float x;
     with_type(values, dtype, [&](const auto* from) { x = to_float(from[i]); });
     return x;
+  }
+  // Whether four values can be read at once, and their keys written.
+  __device__ bool is_in_fours() const {
+    return kHeld && kPlain && dtype == kFloat32 && size % 4 == 0 &&
+           reinterpret_cast<uintptr_t>(values) % sizeof(float4) == 0;
+  }
+  // Keeps take(i, value) of all that is searched.
+  template <class Take>
+  __device__ void read_in_fours(const Take& take) const {
+    constexpr unsigned kFours = 4;  // that a thread has on their way
+    const auto* const from = reinterpret_cast<const float4*>(values);
+    for (unsigned first = threadIdx.x; first < size / 4; first += blockDim.x * kFours) {
+      float4 four[kFours];
+#pragma unroll
+      for (unsigned j = 0; j < kFours; ++j)
+        if (first + j * blockDim.x < size / 4) four[j] = from[first + j * blockDim.x];
+#pragma unroll
+      for (unsigned j = 0; j < kFours; ++j) {
+        const unsigned i = first + j * blockDim.x;
+        if (i >= size / 4) break;
+        reinterpret_cast<uint4*>(keys)[i] = {take(4 * i, four[j].x), take(4 * i + 1, four[j].y),
+                                             take(4 * i + 2, four[j].z),
+                                             take(4 * i + 3, four[j].w)};
+      }
+    }
+  }
+  template <class Take>
+  __device__ void read_one_by_one(const Take& take) const {
+    constexpr unsigned kOfWarp = kReads * kWarp;
+    for (unsigned start = warp() * kOfWarp; start < size; start += blockDim.x * kReads) {
+      const unsigned first = start + lane();
+      float number[kReads];
+      with_type(values, dtype, [&](const auto* from) {
+#pragma unroll
+        for (unsigned j = 0; j < kReads; ++j)
+          number[j] = first + j * kWarp < size ? to_float(from[first + j * kWarp]) : 0.0f;
+      });
+#pragma unroll
+      for (unsigned j = 0; j < kReads; ++j) {
+        const unsigned i = first + j * kWarp;
+        if (i >= size) break;
+        const uint32_t key = take(i, number[j]);
+        if constexpr (kHeld) keys[i] = key;
+      }
+    }
   }
   __device__ uint32_t made_key(uint32_t mark, float value) const {
     const uint32_t key = ordered_key(value, sign);

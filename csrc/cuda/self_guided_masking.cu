@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kMostListed = 4096;     // queries of a sample, and heads
 constexpr unsigned kPortableCluster = 8;  // blocks, on every GPU that has clusters
-constexpr int kMostGroups = 8;            // of heads
 
 template <int kType, int kTiles>
 __global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWarp, 1)
@@ -36,6 +35,9 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
   plan.blocks = blocks;
   plan.shares_keys = shares_keys;
   plan.groups = groups;
+  plan.own_groups = shares_keys ? groups : groups / static_cast<int>(blocks);
+  plan.group_shift = a.reduce == kNone ? -1 : 0;
+  while (plan.group_shift >= 0 && 1 << plan.group_shift < groups) ++plan.group_shift;
   plan.part = ceil_div<int64_t>(a.tokens, blocks);
   const int64_t keys = shares_keys ? plan.part : a.tokens;
   const int64_t few = int64_t{score_warps(a.dtype, kFewTiles, major)} * kFewTiles * 8;

@@ -113,11 +113,12 @@ class TurnScores {
         for (int tile = 0; tile * kRowTile < count; ++tile) {
           typename Score::Logits e;
           scorer.logits(0, 0, tile, e);
+          RowSum more[2];
+          scorer.exponentials(e, more);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             RowSum& own = shared.sums[tile * kRowTile + half * 8 + lane() / 4][warp()];
-            const RowSum more = scorer.exponentials(e, half);
-            if (lane() % 4 == 0) own = join(own, more);
+            if (lane() % 4 == 0) own = join(own, more[half]);
           }
         }
         __syncthreads();
@@ -170,13 +171,17 @@ class TurnScores {
           if (left <= 0) break;
           typename Score::Logits e;
           scorer.logits(0, buffer, tile, e);
+          float most[2], weight[2], sum[2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int i = half * 8 + static_cast<int>(lane() / 4);
-            const RowSum sum = i < left ? whole[first + tile * kRowTile + i] : RowSum{0.0f, 0.0f};
-            scorer.exponentials(e, half, sum.most);
-            scorer.add(e, half, sum.sum);
+            const RowSum of_row =
+                i < left ? whole[first + tile * kRowTile + i] : RowSum{0.0f, 0.0f};
+            most[half] = of_row.most;
+            weight[half] = of_row.sum;
           }
+          scorer.exponentials(e, most, sum);
+          scorer.add(e, weight);
         }
       }
       __syncthreads();  // keys and queries are taken

@@ -33,10 +33,17 @@ unsigned most_cluster() {
   return given == nullptr ? 16 : static_cast<unsigned>(std::atoi(given));
 }
 
-// SMA_EMULATED_LAUNCHES=FILE adds a line to it for each launch: its blocks.
-void note_launch(const dim3& blocks) {
+// SMA_EMULATED_DEVICES=2 makes it two.
+int devices() {
+  const char* given = std::getenv("SMA_EMULATED_DEVICES");
+  return given == nullptr ? 1 : std::atoi(given);
+}
+
+// SMA_EMULATED_LAUNCHES=FILE adds a line to it for each launch: its blocks; and for each change of
+// the current device: "device" and its number.
+void note(const std::string& line) {
   const char* file = std::getenv("SMA_EMULATED_LAUNCHES");
-  if (file != nullptr) std::ofstream(file, std::ios::app) << blocks.x * blocks.y * blocks.z << '\n';
+  if (file != nullptr) std::ofstream(file, std::ios::app) << line << '\n';
 }
 
 // SMA_EMULATED_ERROR=209 makes every launch fail with that error, in CUDA's own words; 720 only
@@ -71,6 +78,7 @@ struct Attributes {
 
 std::mutex attributes_guard;
 std::map<const void*, Attributes> attributes;
+thread_local int current = 0;                      // device
 thread_local cudaError_t last = cudaSuccess;       // until somebody asks for it
 thread_local cudaError_t described = cudaSuccess;  // what `description` is of
 thread_local std::string description;
@@ -107,26 +115,24 @@ cudaError_t cudaGetLastError() {
 cudaError_t cudaPeekAtLastError() { return last; }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current;
   return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
-  if (device == 0) return cudaSuccess;
-  return report(cudaErrorInvalidDevice, "device " + std::to_string(device) + " of 1");
+  const std::string name = "device " + std::to_string(device);
+  if (device < 0 || device >= devices())
+    return report(cudaErrorInvalidDevice, name + " of " + std::to_string(devices()));
+  current = device;
+  note(name);
+  return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaSetDevice(device);
+  if (device < 0 || device >= devices()) return cudaSetDevice(device);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = multiprocessors();
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = arch() / 10;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = arch() % 10;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = most_shared();
@@ -137,11 +143,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes) {
   attributes->ptxVersion = arch();
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
-  memset(at, value, bytes);
   return cudaSuccess;
 }
 
@@ -175,8 +176,8 @@ namespace emulated {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
                    std::function<void()> kernel) {
-  note_launch(config.gridDim);
   const dim3 grid = config.gridDim, block = config.blockDim;
+  note(std::to_string(uint64_t{grid.x} * grid.y * grid.z));
   dim3 cluster;
   bool cooperative = false;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
