@@ -13,6 +13,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from bench.cubins import find_nvcc
+
 ROOT = Path(__file__).parents[1]
 MODULES = {  # and their names for pip
     "pip": "pip",
@@ -50,11 +52,6 @@ def missing() -> list[str]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
 def architectures(nvcc: str) -> str | None:

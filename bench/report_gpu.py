@@ -1,6 +1,6 @@
 """The tables of bench.gpu's JSON: all rows as text, and README's table of what was to be reached.
 
-What was not measured stays empty.
+What was not measured is said to be so.
 """
 
 from bench.report import aligned, cells_of, losses
@@ -18,7 +18,7 @@ def text(result: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-    """Returns README's table: a line for each target, empty where its row was not measured."""
+    """Returns what README says of a GPU: how it was measured, and the table of targets."""
     config = result["config"]
     commit = result["commit"] or ""
     changed = ", with changes" if result["uncommitted_changes"] else ""
@@ -28,13 +28,21 @@ def markdown(result: dict) -> str:
         f"{config['python']}; {'; '.join(_rates(result))}; commit {commit[:10]}{changed}. "
         f"{'; '.join(ran(result))}.",
         "",
+        *table(result["rows"]),
+    ]
+    return "\n".join([*lines, "", extra_memory(result), losses(result)])
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Returns README's table: a line for each target."""
+    lines = [
         "| op | shape | part | B | type | time | over floor | peers, times ours | to reach | met |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, targets in _by_row().items():
         op, part, shape, dtype, batch = key
-        time, over, peers, met = "", "", "", ""
-        row = next((row for row in result["rows"] if _key(row) == key), None)
+        time, over, peers, met = "not measured", "", "", ""
+        row = next((row for row in rows if _key(row) == key), None)
         if row:
             _, _, _, _, backend, ours, _, over, peers, _, _ = cells_of(row, quick=False)[0]
             time = f"{ours} ({backend})"
@@ -42,7 +50,7 @@ def markdown(result: dict) -> str:
         reach = "; ".join(str(t).replace("<=", "≤").replace(">=", "≥") for t in targets)
         cells = (f"`{op}`", shape, part, batch, dtype, time, over, peers, reach, met)
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, "", extra_memory(result), losses(result)])
+    return lines
 
 
 def _by_row() -> dict[tuple, list[Target]]:

@@ -1,12 +1,11 @@
 """attention_scores in Triton: column sums of softmax(q k') of the selected rows, map never stored.
 
 Where a head's keys fit in one block they are read once: the logits of a few rows at a time stay in
-registers. Longer ones are read twice: for each row's largest logit and sum, then for the columns;
-where these are more than the scratch memory holds, rows take turns. Rows are added up, then heads,
-then turns, in one order: the same bits every time, whatever the batch.
+registers. Longer ones are read for the largest logits and the sums of up to 64 rows at a time, by
+programs that take a part of the keys each, then for the columns; where these statistics are more
+than the scratch memory holds, rows take turns. Rows are added up, then heads, then turns, in one
+order: the same bits every time, whatever the batch.
 """
-
-import os
 
 import torch
 import triton
@@ -15,9 +14,12 @@ from torch import Tensor
 
 from . import turns
 from .launching import longest, most_registers, power_of_2, setting
+from .logits import keys_of_block, logits_of, rows_of_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
+_SPLIT_TOKENS = 8192  # of a part of the keys, at least, for the statistics of rows,
+_MOST_SPLITS = 16  # and so many parts
 _DIVISOR = 8  # of features: in half types 16 bytes, which come at once
 _FEATURES = {  # of a head: so many are kept, or else so many come at a time
     (2, _DIVISOR): (128, 32),
@@ -25,100 +27,6 @@ _FEATURES = {  # of a head: so many are kept, or else so many come at a time
     (2, 1): (32, 32),  # each comes by itself, with its address in a register
     (4, 1): (16, 16),
 }
-# the interpreter multiplies the bits of bfloat16 as if they were numbers
-_WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def multiple(x, OF: tl.constexpr):
-    """Returns x, of which the compiler then knows that OF divides it: loads of 16 bytes follow."""
-    if OF > 1:
-        x = x // OF * OF
-    return x
-
-
-@triton.jit
-def features_of(
-    vectors, use, first, width, BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr
-):  # fmt: skip
-    """Returns the features from `first` on of the vectors that are used, 0 for all others."""
-    column = first + tl.arange(0, BLOCK_WIDTH)
-    return tl.load(
-        vectors[:, None] + column[None, :],
-        mask=use[:, None] & (column < multiple(width, DIVISOR))[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def rows_of_block(
-    query, query_index, head_index, sample, head, first, heads_stride, row_stride, sample_stride,
-    queries, selected, last, width,
-    INDEXED: tl.constexpr, BY_HEAD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr,
-):  # fmt: skip
-    """Returns selected queries (BLOCK_ROWS, BLOCK_WIDTH), where they begin, and which count.
-
-    They are those from `first` on, before `last`; another head's do not count.
-    """
-    at = first + tl.arange(0, BLOCK_ROWS)
-    use = at < last
-    place = at.to(tl.int64)
-    if BY_HEAD:
-        use &= tl.load(head_index + sample * selected + at, mask=use, other=-1) == head
-    if INDEXED:
-        place = tl.load(query_index + sample * selected + at, mask=use, other=-1)
-        use &= (place >= 0) & (place < queries)
-    vectors = query + sample * multiple(sample_stride, DIVISOR)
-    vectors += head * multiple(heads_stride, DIVISOR) + place * multiple(row_stride, DIVISOR)
-    return features_of(vectors, use, 0, width, BLOCK_WIDTH, DIVISOR), vectors, use
-
-
-@triton.jit
-def keys_of_block(
-    key, padding, sample, head, start, tokens, width, sample_stride, head_stride, token_stride,
-    padding_stride, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    DIVISOR: tl.constexpr,
-):  # fmt: skip
-    """Returns keys (BLOCK, BLOCK_WIDTH), where they begin, and which are valid."""
-    token = start + tl.arange(0, BLOCK)
-    valid = token < tokens
-    if PADDED:
-        valid &= tl.load(padding + sample * padding_stride + token, mask=valid, other=1) == 0
-    vectors = key + sample * multiple(sample_stride, DIVISOR)
-    vectors += head * multiple(head_stride, DIVISOR)
-    vectors += token.to(tl.int64) * multiple(token_stride, DIVISOR)
-    return features_of(vectors, valid, 0, width, BLOCK_WIDTH, DIVISOR), vectors, valid
-
-
-@triton.jit
-def products(k, q):
-    """Returns k q', of float32 to its precision."""
-    if _WIDEN:
-        k, q = k.to(tl.float32), q.to(tl.float32)
-    return tl.dot(k, tl.trans(q), input_precision="tf32x3")
-
-
-@triton.jit
-def logits_of(
-    k, keys, valid, q, rows, use, width, scale,
-    BLOCK_WIDTH: tl.constexpr, KEPT: tl.constexpr, DIVISOR: tl.constexpr,
-):  # fmt: skip
-    """Returns (tokens, rows) logits in powers of two, -inf for padding.
-
-    `k` and `q` have all features where these are KEPT; else they come a block at a time.
-    """
-    if KEPT:
-        s = products(k, q)
-    else:
-        s = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
-        for first in range(0, width, BLOCK_WIDTH):
-            s += products(
-                features_of(keys, valid, first, width, BLOCK_WIDTH, DIVISOR),
-                features_of(rows, use, first, width, BLOCK_WIDTH, DIVISOR),
-            )
-    return tl.where(valid[:, None], s * scale, float("-inf"))
-
 
 # what changes from turn to turn is not worth another kernel
 _OF_TURNS = ["first_sample", "first_head", "first_row", "heads_apart", "rows", "out_stride", "adds"]
@@ -189,22 +97,25 @@ def attention_scores_kernel(
     tl.store(to, total * factor, mask=token < tokens)
 
 
-@triton.jit(do_not_specialize=_OF_TURNS)
+@triton.jit(do_not_specialize=[*_OF_TURNS, "split_tokens"])
 def row_statistics_kernel(
     query, key, query_index, head_index, padding, stats, heads, group, queries, selected, tokens,
     width, scale, query_batch_stride, query_head_stride, query_stride, key_batch_stride,
     key_head_stride, key_stride, padding_stride, first_sample, first_head, first_row, rows,
+    split_tokens,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    KEPT: tl.constexpr, DIVISOR: tl.constexpr,
+    KEPT: tl.constexpr, DIVISOR: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the largest logit of each row of a turn and 1 / its sum, 0 where it does not count.
+    """Writes the largest logit of each row of a turn, and its sum, of each part of the keys.
 
-    stats is (samples, heads, rows, 2) of the turn; program_id is block of rows, head, sample.
+    stats is (samples, heads, SPLITS, rows, 2) of the turn; program_id is block of rows and part,
+    head, sample. A part has `split_tokens` keys.
     """
     sample = tl.program_id(2).to(tl.int64) + first_sample
     head = tl.program_id(1).to(tl.int64) + first_head
-    block = tl.program_id(0) * BLOCK_ROWS
+    split = tl.program_id(0) % SPLITS
+    block = tl.program_id(0) // SPLITS * BLOCK_ROWS
     q, vectors, use = rows_of_block(
         query, query_index, head_index, sample, head, first_row + block, query_head_stride,
         query_stride, query_batch_stride, queries, selected, first_row + rows, width,
@@ -212,7 +123,8 @@ def row_statistics_kernel(
     )  # fmt: skip
     most = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     amount = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(0, tokens, BLOCK):
+    begin = split * split_tokens
+    for start in range(begin, tl.minimum(begin + split_tokens, tokens), BLOCK):
         k, keys, valid = keys_of_block(
             key, padding, sample, head // group, start, tokens, width, key_batch_stride,
             key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH, DIVISOR,
@@ -225,11 +137,26 @@ def row_statistics_kernel(
         amount = amount * tl.exp2(most - base) + tl.sum(tl.exp2(s - base[None, :]), 0)
         most = now
     at = block + tl.arange(0, BLOCK_ROWS)
-    list_ = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    list_ = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * SPLITS + split
     to = stats + (list_ * rows + at) * 2
-    tl.store(to, tl.where(most == float("-inf"), 0.0, most), mask=at < rows)
-    weight = tl.where(use, 1.0 / amount, 0.0)
-    tl.store(to + 1, weight, mask=at < rows)
+    tl.store(to, most, mask=at < rows)
+    tl.store(to + 1, amount, mask=at < rows)
+
+
+@triton.jit
+def statistics_of_rows(
+    stats, list_, row, rows, use, BLOCK_ROWS: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Returns what rows' exponents are counted from, and 1 / their sums, 0 where not used."""
+    split = tl.arange(0, SPLITS)
+    at = row + tl.arange(0, BLOCK_ROWS)
+    stat = stats + ((list_ * SPLITS + split[:, None]) * rows + at[None, :]) * 2
+    mosts = tl.load(stat, mask=(at < rows)[None, :], other=0.0)
+    amounts = tl.load(stat + 1, mask=(at < rows)[None, :], other=0.0)
+    most = tl.max(mosts, 0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    amount = tl.sum(amounts * tl.exp2(mosts - most[None, :]), 0)
+    return most, tl.where(use, 1.0 / amount, 0.0)
 
 
 @triton.jit(do_not_specialize=[*_OF_TURNS, "turn_heads"])
@@ -240,7 +167,7 @@ def column_sums_kernel(
     turn_heads, heads_apart, out_stride, adds, factor,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    KEPT: tl.constexpr, DIVISOR: tl.constexpr,
+    KEPT: tl.constexpr, DIVISOR: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """As attention_scores_kernel, of one turn and a block of its tokens; for `adds`, to `out`.
 
@@ -265,10 +192,8 @@ def column_sums_kernel(
                 query_stride, query_batch_stride, queries, selected, first_row + rows, width,
                 INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH, DIVISOR,
             )  # fmt: skip
-            at = row + tl.arange(0, BLOCK_ROWS)
-            stat = stats + ((tl.program_id(2) * turn_heads + turn_head) * rows + at) * 2
-            most = tl.load(stat, mask=at < rows, other=0.0)
-            weight = tl.load(stat + 1, mask=at < rows, other=0.0)
+            list_ = tl.program_id(2) * turn_heads + turn_head
+            most, weight = statistics_of_rows(stats, list_, row, rows, use, BLOCK_ROWS, SPLITS)
             s = logits_of(
                 k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT, DIVISOR
             )  # fmt: skip
@@ -376,22 +301,26 @@ def _in_turns(
     of_rows = setting("attention_scores.row_statistics", key.device, of_features)
     of_columns = setting("attention_scores.column_sums", key.device, of_features)
     blocks = triton.cdiv(tokens, of_columns["tokens"])
+    splits = min(2 ** (max(tokens // _SPLIT_TOKENS, 1).bit_length() - 1), _MOST_SPLITS)
+    split_tokens = triton.cdiv(triton.cdiv(tokens, of_rows["tokens"]), splits) * of_rows["tokens"]
     held = turns.SCRATCH // 2  # for the statistics, and for sums of heads
     samples, programs = 0, batch * blocks
     if not apart:
         samples = turns.samples_apart(key.device, heads, programs, 4 * heads * tokens, held)
-    every = turns.turns(batch, heads, selected, held // 8, samples or None)
+    every = turns.turns(batch, heads, selected, held // (8 * splits), samples or None)
     largest = every[0]
-    stats = scores.new_empty((largest.samples * largest.heads * largest.rows, 2))
+    stats = scores.new_empty((largest.samples * largest.heads * splits * largest.rows, 2))
     if samples:
         parts = scores.new_empty(largest.samples * largest.heads * tokens)
     for turn in every:
         place = (turn.sample, turn.head, turn.row, turn.rows)
-        number = triton.cdiv(turn.rows, of_rows["rows"])
-        row_statistics_kernel[(number, turn.heads, turn.samples)](
-            *(*inputs, stats, *sizes, *place),
+        of_statistics = _blocks(of_rows, selected)
+        number = triton.cdiv(turn.rows, of_statistics["BLOCK_ROWS"])
+        row_statistics_kernel[(number * splits, turn.heads, turn.samples)](
+            *(*inputs, stats, *sizes, *place, split_tokens),
             **kinds,
-            **_blocks(of_rows),
+            **of_statistics,
+            SPLITS=splits,
         )
         begun = turn.row > 0 or (turn.head > 0 and not apart)
         ended = turn.row + turn.rows == selected and turn.head + turn.heads == heads
@@ -405,13 +334,15 @@ def _in_turns(
             *(*inputs, stats, to, *sizes, *place, turn.heads, int(apart or samples > 0)),
             *(to.stride(0), int(begun and not samples), 1.0 if samples else own_factor),
             **kinds,
-            **_blocks(of_columns),
+            **_blocks(of_columns, selected),
+            SPLITS=splits,
         )
         if samples:
             turns.sum_heads(to, out, begun, own_factor)
 
 
-def _blocks(chosen: dict[str, int]) -> dict[str, int]:
+def _blocks(chosen: dict[str, int], selected: int) -> dict[str, int]:
     names = {"tokens": "BLOCK", "rows": "BLOCK_ROWS"}
     blocks = {names.get(name, name): x for name, x in chosen.items() if name != "up_to"}
+    blocks["BLOCK_ROWS"] = min(blocks["BLOCK_ROWS"], power_of_2(selected))
     return blocks | {"maxnreg": most_registers(chosen["num_warps"])}

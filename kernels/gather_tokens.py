@@ -41,15 +41,31 @@ def gather_tokens_kernel(
     )
 
 
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def as_words(x: Tensor) -> Tensor:
-    """Returns x as integers of the same size, (B, N, C): a copy does not care what they mean."""
+def as_words(*tensors: Tensor) -> list[Tensor]:
+    """Returns (B, N, ...) as integers (B, N, C), rows dense: a copy does not care what they mean.
+
+    Elements that do not come 16 bytes at a time are taken together where all these rows allow it.
+    """
+    words = [_rows(x) for x in tensors]
+    size = words[0].itemsize
+    steps = [step for x in words for step in (x.shape[2], x.stride(0), x.stride(1))]
+    begins = [x.data_ptr() | size * x.storage_offset() for x in words]
+    bytes_ = [size * step for step in steps] + begins
+    if any(step % 16 for step in steps):
+        wider = next(w for w in (8, 4, 2, 1) if w == size or not any(x % w for x in bytes_))
+        words = [x.view(_WORDS[wider]) for x in words]
+    return words
+
+
+def _rows(x: Tensor) -> Tensor:
     if x.dtype.itemsize == 16:  # complex128
         x = torch.view_as_real(x)
-    x = x.view(WORDS[x.dtype.itemsize])
-    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    x = x.view(_WORDS[x.dtype.itemsize])
+    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
 
 
 def launch(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -58,9 +74,7 @@ def launch(tokens: Tensor, ids: Tensor) -> Tensor:
     out = torch.empty((batch, visible) + tokens.shape[2:], dtype=tokens.dtype, device=tokens.device)
     if out.numel() == 0:
         return out
-    flat = as_words(tokens)
-    if flat.shape[2] > 1 and flat.stride(2) != 1:
-        flat = flat.contiguous()
+    flat, words = as_words(tokens, out)
     width = flat.shape[2]
     chosen = copied("gather_tokens", tokens.device, width, flat.itemsize)
     rows = batch * visible
@@ -69,7 +83,7 @@ def launch(tokens: Tensor, ids: Tensor) -> Tensor:
         gather_tokens_kernel[grid](
             flat,
             ids.contiguous(),
-            as_words(out),
+            words,
             rows,
             visible,
             flat.shape[1],

@@ -122,9 +122,7 @@ def launch(
             **in_registers("random_masking", tokens.device, count),
         )
         if out.numel():
-            flat, words = as_words(tokens), as_words(out)
-            if flat.shape[2] > 1 and flat.stride(2) != 1:
-                flat = flat.contiguous()
+            flat, words = as_words(tokens, out)
             width = flat.shape[2]
             chosen = copied("random_masking.rows", tokens.device, width, words.itemsize)
             blocks = triton.cdiv(visible, chosen["BLOCK_ROWS"])

@@ -61,12 +61,7 @@ def launch(
     if out.numel() == 0:
         return out
     one_row = fill.dim() == 1
-    seen, given = as_words(visible), as_words(fill[None, None] if one_row else fill)
-    words = as_words(out)
-    if seen.stride(2) != 1:
-        seen = seen.contiguous()
-    if given.stride(2) != 1:
-        given = given.contiguous()
+    seen, given, words = as_words(visible, fill[None, None] if one_row else fill, out)
     width = words.shape[2]
     chosen = copied("restore_tokens", visible.device, width, words.itemsize)
     rows = batch * tokens

@@ -32,7 +32,7 @@ DEFAULT = {
         {"up_to": 2048, "num_warps": 8},
         {"up_to": 4096, "num_warps": 16},
     ),
-    # longer rows of logits, read three times: a block's maximum and sum cost less where it is longer
+    # longer rows of logits, read three times: a block's maximum and sum cost less where it is long
     "aggregate_attention.long": ({"up_to": None, "block": 1024, "num_warps": 4},),
     # by the keys of a head, read once: more rows of queries at a time reuse the keys more, and take
     # registers; of more bytes of keys than `most_bytes` fewer blocks fit than hide the loads
@@ -40,11 +40,11 @@ DEFAULT = {
         {"up_to": 512, "rows": 16, "most_bytes": 65536, "num_warps": 4, "num_stages": 1},
         {"up_to": 1024, "rows": 16, "most_bytes": 65536, "num_warps": 8, "num_stages": 3},
     ),
-    # more keys are read twice; by the blocks that a key's features are read in: larger blocks of
+    # more keys are read in parts; by the blocks that a key's features are read in: larger blocks of
     # keys and rows read less and take registers and shared memory; a stage more hides more of the
     # loads and takes as much again
     "attention_scores.row_statistics": (
-        {"up_to": 1, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 3},
+        {"up_to": 1, "tokens": 64, "rows": 64, "num_warps": 8, "num_stages": 3},
         {"up_to": None, "tokens": 32, "rows": 16, "num_warps": 8, "num_stages": 3},
     ),
     "attention_scores.column_sums": (

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
 
-from bench import gpu_benchmarks, gpu_processes, shapes, targets  # noqa: E402
+from bench import gpu_benchmarks, gpu_processes, report_gpu, shapes, targets  # noqa: E402
 
 
 def test_microseconds_on_a_gpu_are_those_of_graph_replay() -> None:
@@ -25,6 +25,17 @@ def test_microseconds_on_a_gpu_are_those_of_graph_replay() -> None:
 def test_no_benchmark_is_left_out() -> None:
     there = {f"bench/{file.name}" for file in (gpu_processes.ROOT / "bench").glob("bench_*.py")}
     assert set(gpu_benchmarks.FILES) == there
+
+
+def test_readme_s_table_is_that_of_a_measurement_or_says_there_is_none() -> None:
+    results = [
+        json.loads(file.read_text())
+        for file in (gpu_processes.ROOT / "bench/results").glob("*.json")
+    ]
+    measured = [result["rows"] for result in results if result.get("driver")]
+    tables = ["\n".join(report_gpu.table(rows)) for rows in measured or [[]]]
+    readme = (gpu_processes.ROOT / "README.md").read_text()
+    assert any(table in readme for table in tables)
 
 
 COLLECT = """

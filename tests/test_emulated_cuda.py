@@ -4,14 +4,13 @@ Compares with torch; the kernels are those of tests/emulated_cuda/self_test.cu.
 """
 
 import ctypes
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import emulation
 import pytest
 import torch
 
@@ -21,13 +20,6 @@ ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "emulated_cuda"
 SEEDS = ("0", "1", "2", "3")
 ALL = range(32)
-
-
-def emulator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("emulated_cuda_build", HERE / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Kernels:
@@ -55,7 +47,9 @@ class Kernels:
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    return Kernels(emulator().shared_library("self_test", {HERE / "self_test.cu": ["-O2"]}, []))
+    return Kernels(
+        emulation.builder().shared_library("self_test", {HERE / "self_test.cu": ["-O2"]}, [])
+    )
 
 
 @pytest.fixture(params=SEEDS)
@@ -306,7 +300,7 @@ def test_numbers(kernels: Kernels):
 
 
 def test_the_module_builds_and_runs():
-    module = emulator().load()
+    module = emulation.builder().load()
     rows, ids = torch.randn(3, 11, 24), torch.randint(11, (3, 5))
     out = torch.empty(3, 5, 24)
     gather = [rows.data_ptr(), 11 * 24 * 4, 24 * 4, 24 * 4, 4, 4, out.data_ptr()]
@@ -381,4 +375,4 @@ def test_the_compiler_s_words_are_in_the_error(tmp_path: Path):
     source = tmp_path / "broken.cu"
     source.write_text("int broken = missing;")
     with pytest.raises(RuntimeError, match="missing.* was not declared"):
-        emulator().shared_library("broken", {source: ["-O0"]}, [])
+        emulation.builder().shared_library("broken", {source: ["-O0"]}, [])

@@ -52,8 +52,9 @@ SMALL = {  # what makes rows of a few dozen tokens long ones, of several blocks 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[None]:
     """Forces Triton, with settings that make small inputs long ones."""
-    from sma_fast.kernels import settings
+    from sma_fast.kernels import attention_scores, settings
 
+    monkeypatch.setattr(attention_scores, "_SPLIT_TOKENS", 8)
     for entry, changed in SMALL.items():
         monkeypatch.setitem(settings.DEFAULT, entry, ({**settings.DEFAULT[entry][-1], **changed},))
     monkeypatch.setattr(settings, "MEASURED", {})

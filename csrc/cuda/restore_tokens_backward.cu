@@ -134,8 +134,10 @@ cudaError_t sum_columns(const RestoreTokensBackwardArgs& a, int64_t first, int64
   const int64_t most = a.scratch_bytes / (columns * static_cast<int64_t>(sizeof(Sum)));
   const int64_t part_rows = std::max(ceil_div(rows, most), kLeastRows);
   const int64_t number = std::max<int64_t>(ceil_div(rows, part_rows), 1);
+  // fewer words of a row are more blocks, of which the last ones end together
+  const unsigned most_lanes = sizeof(Word) == sizeof(uint4) ? kWarp / 2 : kWarp;
   unsigned lanes = 1;
-  while (lanes < kWarp && lanes < words) lanes *= 2;
+  while (lanes < most_lanes && lanes < words) lanes *= 2;
   const int64_t chunks = ceil_div<int64_t>(words, lanes);
   const Sums sums = {static_cast<const T*>(a.grad) + first,
                      a.ids_restore,

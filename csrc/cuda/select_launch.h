@@ -130,6 +130,7 @@ int launch_select(const typename Output::Args& a, const Place& place) {
   const int error = launch_rows<Output>(a, limits, most_held, blocks, place);
   // where MPS or a green context keeps multiprocessors from this process, each row has one block
   if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+  cudaGetLastError();  // which nobody else need find
   return launch_rows<Output>(a, limits, most_held, 1, place);
 }
 
