@@ -1,6 +1,7 @@
 """Registers, shared memory and spills of every kernel: `python -m bench.kernels_report`.
 
-Needs no GPU: what Triton and nvcc compile is for architectures that are not here. Ends with status
+Shared memory is what a launch asks for; of CUDA's kernels only what they have without asking. Needs
+no GPU: what Triton and nvcc compile is for architectures that are not here. Ends with status
 1 where a kernel spills registers or keeps an array in local memory, of more bytes than `--allow`.
 """
 

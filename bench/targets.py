@@ -57,6 +57,10 @@ class Target(NamedTuple):
     def __str__(self) -> str:
         if self.measure == "copy rate":
             return f">= {self.bound:.0%} of the copy rate"
+        if self.measure == "half of published":
+            return f"<= {self.measure}"
+        if not self.at_most and self.bound * 2 % 1 > 1e-6:  # not so many times faster, but a share
+            return f"<= {1 / self.bound:.0%} of {self.measure}"
         unit = {"floor": "x floor", "microseconds": "us", "MiB": "MiB"}.get(
             self.measure, f"x {self.measure}"
         )

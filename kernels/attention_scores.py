@@ -1,8 +1,8 @@
 """attention_scores in Triton: column sums of softmax(q k') of the selected rows, map never stored.
 
-Where a head's keys fit in one block they are read once: the logits of a few rows at a time stay in
-registers. Longer ones are read for the largest logits and the sums of up to 64 rows at a time, by
-programs that take a part of the keys each, then for the columns; where these statistics are more
+Where one program can hold a head's keys they are read once: the logits of a few rows at a time stay
+in registers. Longer ones are read for the largest logits and the sums of up to 64 rows at a time,
+by programs that take a part of the keys each, then for the columns; where these statistics are more
 than the scratch memory holds, rows take turns. Rows are added up, then heads, then turns, in one
 order: the same bits every time, whatever the batch.
 """
@@ -18,10 +18,12 @@ from .logits import keys_of_block, logits_of, rows_of_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
-_SPLIT_TOKENS = 8192  # of a part of the keys, at least, for the statistics of rows,
-_MOST_SPLITS = 16  # and so many parts
+_SPLIT_TOKENS = 8192  # a part of the keys, for the statistics of rows, has so many at least
+_MOST_SPLITS = 16  # parts
 _DIVISOR = 8  # of features: in half types 16 bytes, which come at once
-_FEATURES = {  # of a head: so many are kept, or else so many come at a time
+# (bytes of a feature, divisor): a head's features are kept up to the first number, and come so many
+# at a time, the second, where there are more
+_FEATURES = {
     (2, _DIVISOR): (128, 32),
     (4, _DIVISOR): (32, 32),  # the tensor cores take a float32 as two numbers
     (2, 1): (32, 32),  # each comes by itself, with its address in a register
@@ -218,7 +220,7 @@ def launch(
     selected = queries if query_index is None else query_index.shape[1]
     apart = head_reduce == "none"
     shape = (batch, heads, tokens) if apart else (batch, tokens)
-    if 0 in (batch, heads, queries, selected, tokens, width):
+    if 0 in (batch, heads, queries, selected, tokens):
         return torch.zeros(shape, dtype=torch.float32, device=key.device)
     query = query if query.stride(3) == 1 else query.contiguous()
     key = key if key.stride(3) == 1 else key.contiguous()

@@ -47,14 +47,16 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def as_words(*tensors: Tensor) -> list[Tensor]:
     """Returns (B, N, ...) as integers (B, N, C), rows dense: a copy does not care what they mean.
 
-    Elements that do not come 16 bytes at a time are taken together where all these rows allow it.
+    Elements that do not come 16 bytes at a time are taken together where all these rows allow it:
+    C is the number of integers, and smaller then than that of elements.
     """
     words = [_rows(x) for x in tensors]
     size = words[0].itemsize
     steps = [step for x in words for step in (x.shape[2], x.stride(0), x.stride(1))]
     begins = [x.data_ptr() | size * x.storage_offset() for x in words]
     bytes_ = [size * step for step in steps] + begins
-    if any(step % 16 for step in steps):
+    dense = all(x.shape[2] == 1 or x.stride(2) == 1 for x in words)  # not where there are no rows
+    if dense and any(step % 16 for step in steps):
         wider = next(w for w in (8, 4, 2, 1) if w == size or not any(x % w for x in bytes_))
         words = [x.view(_WORDS[wider]) for x in words]
     return words

@@ -323,11 +323,16 @@ def round_half_even(x: Tensor) -> Tensor:
     return x.round().long()
 
 
+def looks_into(x: Tensor) -> bool:
+    """Returns whether what `x` holds is checked: on a GPU, which has to wait for it, if asked."""
+    return x.device.type == "cpu" or os.environ.get("SMA_FAST_CHECK") == "1"
+
+
 def check_index(name: str, index: Tensor, low: int, high: int | None) -> None:
     """Raises ValueError where `index` leaves [low, high); on a GPU only under SMA_FAST_CHECK=1."""
     if index.numel() == 0:
         return
-    if index.device.type != "cpu" and os.environ.get("SMA_FAST_CHECK") != "1":
+    if not looks_into(index):
         return
     for value in (int(index.min()), int(index.max())):
         if value < low or (high is not None and value >= high):
@@ -343,7 +348,7 @@ def without_padding(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:
 
 def check_finite(name: str, x: Tensor) -> None:
     """Raises ValueError where `x` is NaN or infinite; on a GPU only under SMA_FAST_CHECK=1."""
-    if x.device.type != "cpu" and os.environ.get("SMA_FAST_CHECK") != "1":
+    if not looks_into(x):
         return
     if not bool(x.isfinite().all()):
         raise ValueError(f"{name}: holds NaN or infinity, allowed are finite numbers")

@@ -513,6 +513,17 @@ def test_large_logits(backend, dtype, scale):
 
 
 @pytest.mark.one_instruction_set
+@pytest.mark.parametrize("tokens", (300, 8192))
+def test_rows_of_large_and_small_logits(backend, tokens):
+    """A row's attention adds up to 1 whatever the other rows of its tile are."""
+    query, key = torch.zeros(1, 1, 16, 128), torch.zeros(1, 1, tokens, 128)
+    query[..., 0] = torch.tensor([1.7e8] * 8 + [1.3e9] * 8)
+    key[..., 0] = 1 + torch.rand(tokens) / 16
+    inputs = backend.inputs({"query": query, "key": key, "scale": 1.0})
+    torch.testing.assert_close(call(OP, inputs).sum().item(), 16.0, rtol=1e-4, atol=0)
+
+
+@pytest.mark.one_instruction_set
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("width", (20, 72, 130, 600))
 def test_wide_heads(backend, width, dtype):

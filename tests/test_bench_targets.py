@@ -32,10 +32,15 @@ def test_readme_s_table_is_that_of_a_measurement_or_says_there_is_none() -> None
         json.loads(file.read_text())
         for file in (gpu_processes.ROOT / "bench/results").glob("*.json")
     ]
-    measured = [result["rows"] for result in results if result.get("driver")]
-    tables = ["\n".join(report_gpu.table(rows)) for rows in measured or [[]]]
+    measured = [result for result in results if result.get("driver")]
     readme = (gpu_processes.ROOT / "README.md").read_text()
-    assert any(table in readme for table in tables)
+    said = [
+        "\n".join([*report_gpu.table(result["rows"]), "", report_gpu.extra_memory(result)])
+        for result in measured or [{"rows": []}]
+    ]
+    assert any(text in readme for text in said)
+    for sentence in ("No GPU has been measured yet", "No GPU has run this code yet"):
+        assert (sentence in readme) == (not measured)
 
 
 COLLECT = """

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from test_cuda_launches import noted
 from torch.utils._pytree import tree_leaves
 
 import sma_fast
@@ -29,6 +30,9 @@ OPS = {  # a case, and what the error says of its shapes
         r"1 tensors of tokens",
     ),
     "random_masking": ("given noise", r"tokens \(3, 12\) of 20 bytes, of which 7 stay"),
+    "bipartition": ("", r"embeddings \(2, 9, 6\)"),
+    "gather_tokens_backward": ("", r"grad \(3, 7, 5\), of 12 tokens"),
+    "restore_tokens_backward": ("", r"grad \(3, 12, 5\), of 7 visible tokens"),
 }
 ERRORS = {  # CUDA's number, its words, and what to do
     "built for other GPUs": (209, "no kernel image", "set SMA_FAST_CUDA_ARCHS to .* install again"),
@@ -41,7 +45,20 @@ TOO_LARGE = (720, "too many blocks in cooperative launch", "use the backend trit
 
 
 def inputs_of(op: str) -> dict:
+    if op == "bipartition":
+        return {"embeddings": torch.randn(2, 9, 6)}
+    if op == "gather_tokens_backward":
+        return {"grad": torch.randn(3, 7, 5), "ids": torch.randint(12, (3, 7)), "tokens": 12}
+    if op == "restore_tokens_backward":
+        ids = torch.rand(3, 12).argsort(1)
+        return {"grad": torch.randn(3, 12, 5), "ids": ids, "visible": 7, "fill": None}
     return next(case for case in CASES[op] if case.name == OPS[op][0]).build()
+
+
+def perform(op: str, inputs: dict) -> object:
+    if op.endswith("_backward"):
+        return getattr(torch.ops.sma_fast, op)(*inputs.values())
+    return call(op, inputs)
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -51,9 +68,9 @@ def test_a_launch_that_fails(emulated, monkeypatch, op, name):
     monkeypatch.setenv("SMA_EMULATED_ERROR", str(number))
     said = rf"^sma_fast\.{op} on CUDA device 0, {OPS[op][1]}: .*{words}.*\. .*{advice}"
     with pytest.raises(RuntimeError, match=said):
-        call(op, inputs_of(op))
+        perform(op, inputs_of(op))
     monkeypatch.delenv("SMA_EMULATED_ERROR")
-    call(op, inputs_of(op))  # the next one is not burdened
+    perform(op, inputs_of(op))  # the next one is not burdened
 
 
 def test_an_error_without_advice(emulated, monkeypatch):
@@ -67,22 +84,46 @@ def test_a_device_that_is_not_there(emulated, monkeypatch, op):
     monkeypatch.setattr(_native, "_where", lambda x: (1, 0))
     said = rf"^sma_fast\.{op} on CUDA device 1, {OPS[op][1]}: .*device 1 of 1"
     with pytest.raises(RuntimeError, match=said):
-        call(op, inputs_of(op))
+        perform(op, inputs_of(op))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_another_device_than_the_current_one(emulated, monkeypatch, tmp_path, op):
     """Is the current one for the launches, and the other one again behind them."""
-    expected = call(op, inputs_of(op))
+    inputs = inputs_of(op)
+    expected = perform(op, inputs)
     monkeypatch.setenv("SMA_EMULATED_DEVICES", "2")
     monkeypatch.setenv("SMA_EMULATED_LAUNCHES", str(tmp_path / "launches"))
     monkeypatch.setattr(_native, "_where", lambda x: (1, 0))
-    found = call(op, inputs_of(op))
+    found = perform(op, inputs)
     lines = (tmp_path / "launches").read_text().splitlines()
     changes = "".join("L" if line.isdigit() else line[-1] for line in lines)
     assert re.fullmatch("(1L+0)+", changes)
     for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         assert x is y is None or torch.equal(x, y)
+
+
+LATER = {  # what takes several launches
+    "self_guided_masking": lambda: guided_inputs(
+        batch=1, heads=1, queries=5, selected=3, tokens=60_000, width=4
+    ),
+    "random_masking": lambda: {"tokens": torch.randn(1, 60_000, 1), "mask_ratio": 0.5},
+    "restore_tokens_backward": lambda: inputs_of("restore_tokens_backward"),
+}
+
+
+@pytest.mark.parametrize("op", LATER)
+def test_a_later_launch_that_fails(emulated, monkeypatch, tmp_path, op):
+    inputs = LATER[op]()
+    with noted(tmp_path / "launches", monkeypatch) as launches:
+        perform(op, inputs)
+    assert len(launches) > 1
+    for good in range(1, len(launches)):
+        monkeypatch.setenv("SMA_EMULATED_ERROR", f"2,{good}")
+        with pytest.raises(RuntimeError, match=rf"^sma_fast\.{op} on CUDA device 0.*Free memory"):
+            perform(op, inputs)
+        monkeypatch.delenv("SMA_EMULATED_ERROR")
+        perform(op, inputs)
 
 
 @pytest.mark.parametrize("number, words, advice", (*ERRORS.values(), TOO_LARGE))

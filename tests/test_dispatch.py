@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import missing_backends
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sma_fast
 from sma_fast import _dispatch, _native, reference
@@ -111,6 +112,30 @@ def test_long_and_strided_gradients_are_triton_s(monkeypatch):
     assert answers(packed, 5, broken=("triton",)) == "cuda"  # which does not import it
     with pytest.raises(ImportError):
         answers(strided, 5, broken=("triton",))
+
+
+class NoOperation(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        pytest.fail(f"{function} ran")
+
+
+def test_a_gpu_s_tensors_are_not_looked_into(monkeypatch):
+    """Nor is anything made of them, where nobody asked for it."""
+    monkeypatch.delenv("SMA_FAST_CHECK", raising=False)
+    index = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    padding = torch.zeros(2, 5, dtype=torch.bool, device="meta")
+    rows = torch.zeros(2, 5, 4, device="meta")
+    heads = torch.zeros(2, 2, 5, 4, device="meta")
+    given = {
+        "attention_scores": (heads, heads, index, index, padding),
+        "aggregate_attention": (heads, index, index),
+        "self_guided_masking": (heads, heads, [rows], index, index, padding),
+        "bipartition": (rows, padding),
+        "informed_scores": (rows, padding, padding, "object"),
+    }
+    for op, arguments in given.items():
+        with NoOperation():
+            assert _dispatch._checked(op, lambda *_: "answer")(*arguments) == "answer"
 
 
 @pytest.mark.parametrize("op", ["attention_scores", "self_guided_masking"])

@@ -311,3 +311,9 @@ def test_large_outputs_stay_apart_and_are_given_again():
     assert torch.equal(again, tokens * 2)
     assert again.data_ptr() in where
     assert where.isdisjoint(x.data_ptr() for x in others)
+
+
+def test_no_tokens_of_a_strided_view(backend):
+    tokens = torch.randn(2, 4, 12)[..., ::2][:, :0]
+    inputs = backend.inputs({"tokens": tokens, "ids": torch.full((2, 3), -1)})
+    assert_same(call(OP, inputs).cpu(), torch.zeros(2, 3, 6))

@@ -367,8 +367,10 @@ def memory_inputs(op: str, queries: int, tokens: int) -> dict:
     padding = empty(BATCH, tokens, dtype=torch.bool)
     rows = empty(BATCH, tokens, 65)  # not of 16 bytes, nor of 8
     half = tokens // 2
+    index = empty(BATCH, queries, dtype=torch.int64)
     if op == "aggregate_attention":
-        return {"attention": empty(BATCH, HEADS, queries, tokens), "logits": True}
+        some = {"query_index": index, "head_index": index}
+        return {"attention": empty(BATCH, HEADS, queries, tokens), "logits": True} | some
     if op == "select_tokens":
         some = {"mask_ratio": 0.5, "random_fraction": 0.5, "noise": noise}
         return {"scores": noise, "key_padding_mask": padding} | some
@@ -385,9 +387,11 @@ def memory_inputs(op: str, queries: int, tokens: int) -> dict:
     if op == "random_masking":
         return {"tokens": rows, "noise": noise, "mask_ratio": 0.5}
     if op == "bipartition":  # of no more patches than one block's memory holds
-        return {"embeddings": empty(BATCH, min(tokens, 1024), queries)}
+        patches = min(tokens, 1024)
+        padding = padding[:, :patches].contiguous()
+        return {"embeddings": empty(BATCH, patches, queries), "key_padding_mask": padding}
     if op == "informed_scores":
-        return {"embeddings": rows, "labels": padding}
+        return {"embeddings": rows, "labels": padding, "key_padding_mask": padding}
     attention = {
         "query": empty(BATCH, HEADS, queries, 64),
         "key": empty(BATCH, HEADS, tokens, 64),
@@ -395,8 +399,8 @@ def memory_inputs(op: str, queries: int, tokens: int) -> dict:
     }
     if op == "attention_scores":
         return attention
-    index = empty(BATCH, queries, dtype=torch.int64)
-    return attention | {"query_index": index, "tokens": [rows], "mask_ratio": 0.5}
+    indices = {"query_index": index, "head_index": index}
+    return attention | indices | {"tokens": [rows], "mask_ratio": 0.5}
 
 
 class NoKernels:

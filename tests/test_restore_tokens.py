@@ -319,3 +319,12 @@ def test_unchecked_id_out_of_range_gives_zeros(unchecked_reference, fill, bad):
     back = torch.ops.sma_fast.restore_tokens_backward(grad, ids, 1, num_fill)
     assert back[0].flatten().tolist() == [6.0]
     assert back[1].flatten().tolist() == ([5.0, 0.0] if num_fill else [5.0])
+
+
+@pytest.mark.parametrize("none", ("visible", "fill"))
+def test_no_rows_of_a_strided_view(backend, none):
+    rows, ids = torch.randn(2, 9, 6), torch.stack([torch.randperm(9) for _ in range(2)])
+    inputs = {"visible": rows, "ids_restore": ids, "fill": rows}
+    inputs[none] = torch.randn(2, 4, 12)[..., ::2][:, :0]
+    expected = rows.gather(1, ids[..., None].expand(-1, -1, 6))
+    assert_same(call(OP, backend.inputs(inputs)).cpu(), expected)

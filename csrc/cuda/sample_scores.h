@@ -1,10 +1,10 @@
 // The scores of one sample, by a block or by a cluster of blocks.
 //
-// Blocks share the heads where one can hold the keys of a sample, else the keys. For every 16 rows
-// the warps turn their logits into exponentials once, against the largest of their own, tell each
-// other (the largest, the sum), and add the exponentials to their columns with the weight that
-// follows. Heads are added up in groups that do not depend on the number of blocks, and the groups
-// in their order, so neither do the bits of the result.
+// Blocks share the heads where one can hold the keys of a sample, else the keys, which are read
+// from memory once. For every 16 rows the warps turn their logits into exponentials once, against
+// the largest of their own, tell each other (the largest, the sum), and add the exponentials to
+// their columns with the weight that follows. Heads are added up in groups that do not depend on
+// the number of blocks, and the groups in their order, so neither do the bits of the result.
 #pragma once
 #include "scores.h"
 
@@ -64,7 +64,7 @@ class SampleScores {
     last_head = first_head_of(first_group() + plan.own_groups);
     group = first_group();
     group_end = first_head_of(group + 1);
-    // warps that are not there stay at this
+    // warps that are not there, or have no keys, stay at this
     for (unsigned i = threadIdx.x; i < 2 * kRowTile * kPairs; i += blockDim.x)
       row_sums[0][0][i] = {{{-kInfinity, 0.0f}, {-kInfinity, 0.0f}}};
   }
@@ -153,9 +153,17 @@ class SampleScores {
     for (int tile = 0; tile < plan.memory.row_tiles; ++tile, parity ^= 1) {
       const int left = item.count - item.first - tile * kRowTile;
       if (left <= 0) return;
-      if (left > 8) add_tile<2>(item, tile, left);
+      if (!scorer.has_keys()) wait_for_others();
+      else if (left > 8) add_tile<2>(item, tile, left);
       else add_tile<1>(item, tile, left);
     }
+  }
+
+  // The sums of all warps, and blocks, are there behind it. Warps with and without keys come here
+  // from different places, which a barrier allows.
+  __device__ void wait_for_others() {
+    __syncthreads();
+    if (plan.shares_keys) tell_blocks();
   }
 
   // kHalves: of the rows that are there.
@@ -169,9 +177,8 @@ class SampleScores {
     for (int half = 0; half < kHalves; ++half)
       if (lane() % kQuad == 0)
         row_sums[parity][row_of(half)][warp() / 2].of[warp() % 2] = own[half];
-    __syncthreads();
+    wait_for_others();
     if (plan.shares_keys) {
-      tell_blocks();
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) all[half] = of_blocks(row_of(half));
     } else {
@@ -250,7 +257,8 @@ class SampleScores {
       sums = a.scores + (b * a.heads + head) * a.tokens;
       first = true;
     }
-    scorer.take_columns([&](int n, float sum) { sums[n] = first ? sum : sums[n] + sum; });
+    if (first || scorer.has_keys())
+      scorer.take_columns([&](int n, float sum) { sums[n] = first ? sum : sums[n] + sum; });
     group_end = first_head_of(++group + 1);
   }
 

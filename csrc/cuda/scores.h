@@ -1,13 +1,13 @@
 // Attention logits of a block of keys, on the tensor cores.
 //
-// A block keeps its keys of one head in shared memory, in tiles of 8 keys of which its warps take
-// groups in turns, and every selected query passes by, 16 rows at a time. So a key is read from
-// memory once. Each lane reads 16 bytes of a row at a time, the same that it sent for, as the mma
-// instructions want them but for the order of the features, which is another one for queries and
-// keys alike.
+// A block keeps its keys of one head in shared memory, in tiles of 8 keys, and every selected query
+// passes by, 16 rows at a time. Each lane reads 16 bytes of a row at a time, the same that it sent
+// for, as the mma instructions want them but for the order of the features, which is another one
+// for queries and keys alike.
 //
-// What a warp does for its keys and 16 rows is most of the time that scores take: it goes by groups
-// of tiles, and where none of a group's keys counts by none of it.
+// What warps do for 16 rows takes most of the time, and more of it is for the rows than for the
+// keys. So each warp has as many keys as it can take, and where none of them counts it only waits.
+// Where none of a group of tiles counts, the warp skips it.
 #pragma once
 #include "row_sums.h"
 #include "score_memory.h"
@@ -15,8 +15,9 @@
 namespace sma {
 namespace cuda {
 
-// What exponents are counted from is rounded. Where it is larger, they could leave the range unless
-// what it is taken from is rounded too.
+// A row's largest logit, from which its exponents are counted, is a rounded product. From here on
+// its rounding alone could leave the range of exp2: other logits are rounded in the same way then,
+// not fused.
 constexpr float kLargeBase = 1 << 28;
 
 // kType: of queries and keys; kTiles: of 8 keys that a warp takes, at most.
@@ -31,16 +32,15 @@ class Scorer {
         m(memory),
         b(sample),
         factor(fmaxf(fabsf(args.scale) * kLog2e, kLeastFactor)),
-        own_warp(same_in_warp(warp())),
         queries(reinterpret_cast<uint4*>(shared)),
-        keys(queries + 2 * memory.chunk_words() + own_warp * memory.tiles * memory.steps * kWarp +
-             lane()) {
+        keys(queries + 2 * memory.chunk_words() +
+             same_in_warp(warp()) * memory.tiles * memory.steps * kWarp + lane()) {
     clear_columns();
   }
 
   // Says which keys of the sample are the block's: before any of them are staged.
   __device__ void look_at(int64_t first, int64_t last) {
-    begin = static_cast<int>(first);
+    begin = static_cast<int>(first) + static_cast<int>(same_in_warp(warp())) * m.tiles * 8;
     end = static_cast<int>(last);
     valid = staged = live = full = 0;
     const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + b * a.tokens;
@@ -61,6 +61,9 @@ class Scorer {
       if (__ballot_sync(kAllLanes, (bits & all) == all) == kAllLanes) full |= 1u << group;
     }
   }
+
+  // Whether any of this warp's keys counts.
+  __device__ bool has_keys() const { return live != 0; }
 
   // Sends for the keys of a head; those that do not count are zeros.
   __device__ void stage_keys(int buffer, int key_head) {
@@ -157,8 +160,8 @@ class Scorer {
         if (!counts(i, j % 2)) logit[i][j] = -kInfinity;
   }
 
-  // Of kHalves halves of the rows, whose steps are taken together: they do not wait for each other.
-  // The largest logit of each, of this warp's keys, times log2(e).
+  // Of kHalves 8-row halves of a row tile, whose steps are taken together: they do not wait for
+  // each other. The largest logit of each, of this warp's keys, times log2(e).
   template <int kHalves>
   __device__ void largest(const Logits& logit, float (&most)[kHalves]) const {
 #pragma unroll
@@ -181,15 +184,19 @@ class Scorer {
   template <int kHalves>
   __device__ void exponentials(Logits& logit, const float (&most)[kHalves],
                                float (&sum)[kHalves]) const {
-    bool is_large = false;
+    bool is_large[kHalves], any_large = false;
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) is_large |= fabsf(base_of(most[half])) >= kLargeBase;
-    if (is_large)
-      exponentials_of(logit, most, sum,
-                      [&](float x, float base) { return __fmul_rn(x, factor) - base; });
+    for (int half = 0; half < kHalves; ++half) {
+      is_large[half] = fabsf(base_of(most[half])) >= kLargeBase;
+      any_large |= is_large[half];
+    }
+    if (any_large)
+      exponentials_of(logit, most, sum, [&](int half, float x, float base) {
+        return is_large[half] ? __fmul_rn(x, factor) - base : fmaf(x, factor, -base);
+      });
     else
       exponentials_of(logit, most, sum,
-                      [&](float x, float base) { return fmaf(x, factor, -base); });
+                      [&](int, float x, float base) { return fmaf(x, factor, -base); });
   }
 
   // The same against the largest of this warp's keys, with their sum.
@@ -242,19 +249,18 @@ class Scorer {
   const ScoreMemory& m;
   const int64_t b;
   const float factor;  // makes exp2 of a logit its exponential
-  const unsigned own_warp;
   uint4* const queries;
   uint4* const keys;        // this lane's places
   float column[kTiles][2];  // sums over this lane's rows
-  int begin = 0, end = 0;
-  uint32_t valid = 0;   // a bit for each of this lane's columns that counts,
-  uint32_t staged = 0;  // for each key that this lane sends for,
-  uint32_t live = 0;    // for each group of tiles of which a key counts,
-  uint32_t full = 0;    // and for each of which all do
+  int begin = 0, end = 0;   // this warp's first key, and the end of the block's
+  uint32_t valid = 0;       // a bit for each of this lane's columns that counts,
+  uint32_t staged = 0;      // for each key that this lane sends for,
+  uint32_t live = 0;        // for each group of tiles of which a key counts,
+  uint32_t full = 0;        // and for each of which all do
 
   static constexpr int kEach = kTiles / 8;  // tiles that a lane writes
 
-  // exponent(x, base): of a logit, to the base 2.
+  // exponent(half, x, base): of a logit, to the base 2.
   template <int kHalves, class Exponent>
   __device__ void exponentials_of(Logits& logit, const float (&most)[kHalves],
                                   float (&sum)[kHalves], const Exponent& exponent) const {
@@ -268,8 +274,8 @@ class Scorer {
 #pragma unroll
         for (int i = 0; i < kTileGroup; ++i) {
           float* const x = &logit[first + i][2 * half];
-          x[0] = exp2_fast(exponent(x[0], base));
-          x[1] = exp2_fast(exponent(x[1], base));
+          x[0] = exp2_fast(exponent(half, x[0], base));
+          x[1] = exp2_fast(exponent(half, x[1], base));
           of[i] = x[0] + x[1];
         }
         sum[half] += (of[0] + of[1]) + (of[2] + of[3]);
@@ -292,12 +298,8 @@ class Scorer {
     if constexpr (kLeft > kEach) halve_columns<kLeft / 2, kOther / 2>();
   }
 
-  // The first key of a tile of this warp. Warps take groups in turns, so that where keys end they
-  // are left with as many, and those that share a scheduler too.
-  __device__ int first_of(int tile) const {
-    const auto group = static_cast<unsigned>(tile) / kTileGroup * warps() + own_warp;
-    return begin + static_cast<int>(group * kTileGroup * 8) + tile % kTileGroup * 8;
-  }
+  // The first key of a tile of this warp.
+  __device__ int first_of(int tile) const { return begin + tile * 8; }
   __device__ bool counts(int tile, int j) const { return valid >> (2 * tile + j) & 1; }
   static __device__ const char* bytes_at(const void* base, int64_t elements) {
     return static_cast<const char*>(base) + elements * kSize;

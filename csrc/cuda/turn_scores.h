@@ -110,7 +110,7 @@ class TurnScores {
         copy_async_commit();
         copy_async_wait<0>();
         __syncthreads();
-        for (int tile = 0; tile * kRowTile < count; ++tile) {
+        for (int tile = 0; scorer.has_keys() && tile * kRowTile < count; ++tile) {
           typename Score::Logits e;
           scorer.logits(0, 0, tile, e);
           RowSum more[2];
@@ -166,7 +166,7 @@ class TurnScores {
         __syncthreads();
         if (first + t.memory.chunk_rows() < of_head.count)
           scorer.stage_queries(buffer ^ 1, h, of_head, first + t.memory.chunk_rows());
-        for (int tile = 0; tile < t.memory.row_tiles; ++tile) {
+        for (int tile = 0; scorer.has_keys() && tile < t.memory.row_tiles; ++tile) {
           const int left = of_head.count - first - tile * kRowTile;
           if (left <= 0) break;
           typename Score::Logits e;

@@ -1,6 +1,7 @@
 // What the runtime refuses, as a GPU of compute capability 9.0 does, or another that is asked for.
 #include "emulated_cuda.h"
 
+#include <cstring>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -47,10 +48,27 @@ void note(const std::string& line) {
 }
 
 // SMA_EMULATED_ERROR=209 makes every launch fail with that error, in CUDA's own words; 720 only
-// those whose blocks must all run at once.
-cudaError_t chosen_error() {
+// those whose blocks must all run at once. 209,2 makes it the process's third from now on.
+struct ChosenError {
+  std::string given;
+  cudaError_t error = cudaSuccess;
+  int good = 0;  // launches that do not fail
+};
+cudaError_t chosen_error(bool cooperative) {
+  static ChosenError chosen;
   const char* given = std::getenv("SMA_EMULATED_ERROR");
-  return given == nullptr ? cudaSuccess : static_cast<cudaError_t>(std::atoi(given));
+  if (given == nullptr) {
+    chosen = {};
+    return cudaSuccess;
+  }
+  if (chosen.given != given) {
+    const char* comma = std::strchr(given, ',');
+    chosen = {given, static_cast<cudaError_t>(std::atoi(given)),
+              comma == nullptr ? 0 : std::atoi(comma + 1)};
+  }
+  if (chosen.good-- > 0) return cudaSuccess;
+  const bool spared = chosen.error == cudaErrorCooperativeLaunchTooLarge && !cooperative;
+  return spared ? cudaSuccess : chosen.error;
 }
 const char* words_of(cudaError_t error) {
   switch (error) {
@@ -186,9 +204,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* key,
       cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
     else if (a.id == cudaLaunchAttributeCooperative) cooperative = a.val.cooperative != 0;
   }
-  const cudaError_t chosen = chosen_error();
-  if (chosen != cudaSuccess && (cooperative || chosen != cudaErrorCooperativeLaunchTooLarge))
-    return report(chosen, words_of(chosen));
+  const cudaError_t chosen = chosen_error(cooperative);
+  if (chosen != cudaSuccess) return report(chosen, words_of(chosen));
   const Attributes allowed = attributes_of(key);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMostThreads || block.z > 64)
