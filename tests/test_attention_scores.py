@@ -523,6 +523,26 @@ def test_rows_of_large_and_small_logits(backend, tokens):
     torch.testing.assert_close(call(OP, inputs).sum().item(), 16.0, rtol=1e-4, atol=0)
 
 
+@pytest.mark.not_interpreted
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize(
+    "logits, scale", (((15087354, 15087353), 12.33253288), ((2839.2, 2839), 1))
+)
+def test_rows_of_logits_about_a_power_of_two(backend, logits, scale):
+    """The largest, which has a warp of its own, and the others may be rounded otherwise."""
+    query, key = torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 9000, 8)
+    query[..., :2] = 1
+    key[..., 0] = logits[1] // 4096 * 4096  # which the tensor cores' numbers hold, as the rest
+    key[..., 1] = logits[1] % 4096
+    key[:, :, 5, 1] += logits[0] - logits[1]
+    padding = torch.zeros(1, 9000, dtype=torch.bool)
+    padding[:, :600] = True
+    padding[:, 5] = False
+    inputs = {"query": query, "key": key, "key_padding_mask": padding, "scale": scale}
+    total = call(OP, backend.inputs(inputs)).sum().item()
+    torch.testing.assert_close(total, 16.0, rtol=1e-3, atol=0)
+
+
 @pytest.mark.one_instruction_set
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("width", (20, 72, 130, 600))

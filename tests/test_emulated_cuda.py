@@ -336,7 +336,7 @@ def test_the_kernels_of_gpus_without_clusters():
     """As the first architecture that is built has them."""
     ops = ("attention_scores", "select_tokens", "self_guided_masking", "random_masking")
     files = [f"tests/test_{op}.py" for op in ops] + OF_FITS
-    some = "test_literal or test_cases and float32 or turns or too_long or many_blocks"
+    some = "test_literal or test_cases and float32 or turns or too_long or many_blocks or logits"
     some += " or test_long_rows and 0.15 or test_drawn_tokens_of_long_rows"
     some = f"cuda-emulated and ({some}) or {FITS}"
     run_kernels(files, some, SMA_EMULATED_ARCH="80")

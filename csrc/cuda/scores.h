@@ -15,10 +15,10 @@
 namespace sma {
 namespace cuda {
 
-// A row's largest logit, from which its exponents are counted, is a rounded product. From here on
-// its rounding alone could leave the range of exp2: other logits are rounded in the same way then,
-// not fused.
-constexpr float kLargeBase = 1 << 28;
+// A row's largest logit, from which its exponents are counted, is a rounded product. Where it is
+// large, its rounding alone could leave the range of exp2: from here on other logits are rounded in
+// the same way, not fused. Parts of a row that differ in this differ by no more than that rounding.
+constexpr float kLargeBase = 1 << 12;
 
 // kType: of queries and keys; kTiles: of 8 keys that a warp takes, at most.
 template <int kType, int kTiles>
