@@ -11,7 +11,7 @@ SCIENCE_OUT ?= science-out
 PICTURES_OUT ?= pictures-out
 SCALE ?= small
 BIN := .venv/bin
-PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
 RESULT := .benchmarks/bench.json
 # where the recorded results of the published code are, a test that cannot read them fails
 GOLDEN := $(if $(wildcard ../shared/golden/*.npz),$(comma)golden)
@@ -64,14 +64,12 @@ gpu:
 	$(PYTHON) -m bench.gpu_install
 	$(PYTHON) -m bench.gpu $(GPU)
 
-# torch comes first and alone: a later step that wants a range of it then installs no other build.
-# What is never imported needs no byte code.
+# torch comes first and alone: a later step that wants a range of it then installs no other build
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_OPTIONS) torch
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[dev]'
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps \
-	    timm lightly
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps timm lightly
 	touch $@
 
 clean:

@@ -70,8 +70,6 @@ class Target(NamedTuple):
 TARGETS = (
     Target("bipartition", "forward", "patches", "eigh", 10),
     Target("bipartition", "forward", "patches", "floor", 1.5),
-    Target("bipartition", "forward", "patches", "eigh", 50, device="cuda", batch=256),
-    Target("bipartition", "forward", "patches", "floor", 2, device="cuda", batch=256),
     *(
         Target("self_guided_masking", "forward", shape, "floor", 1.4)
         for shape in ("protein", "molecule", "image", "long")
@@ -152,6 +150,10 @@ GPU_TARGETS = (
         for shape in ("protein", "molecule")
     ),
     _gpu("random_masking", "forward", "vit", "compiled", 4),
+    *(
+        _gpu("bipartition", "forward", "patches", measure, bound, dtype="float32")
+        for measure, bound in (("eigh", 50), ("floor", 2))
+    ),
     _gpu("pretraining_step", "informed mask", "vit-b16", "whole step", 1 / 0.03),
 )
 
