@@ -32,7 +32,7 @@ def features_of(
 
 @triton.jit
 def rows_of_block(
-    query, query_index, head_index, sample, head, first, heads_stride, row_stride, sample_stride,
+    query, query_index, head_index, sample, head, first, head_stride, row_stride, sample_stride,
     queries, selected, last, width,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr,
@@ -50,7 +50,7 @@ def rows_of_block(
         place = tl.load(query_index + sample * selected + at, mask=use, other=-1)
         use &= (place >= 0) & (place < queries)
     vectors = query + sample * multiple(sample_stride, DIVISOR)
-    vectors += head * multiple(heads_stride, DIVISOR) + place * multiple(row_stride, DIVISOR)
+    vectors += head * multiple(head_stride, DIVISOR) + place * multiple(row_stride, DIVISOR)
     return features_of(vectors, use, 0, width, BLOCK_WIDTH, DIVISOR), vectors, use
 
 
@@ -81,12 +81,13 @@ def products(k, q):
 
 @triton.jit
 def logits_of(
-    k, keys, valid, q, rows, use, width, scale,
+    k, keys, valid, q, vectors, use, width, scale,
     BLOCK_WIDTH: tl.constexpr, KEPT: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """Returns (tokens, rows) logits in powers of two, -inf for padding.
 
-    `k` and `q` have all features where these are KEPT; else they come a block at a time.
+    `k` and `q` have all features where these are KEPT; else these come a block at a time from where
+    `keys` and `vectors` begin.
     """
     if KEPT:
         s = products(k, q)
@@ -95,6 +96,6 @@ def logits_of(
         for first in range(0, width, BLOCK_WIDTH):
             s += products(
                 features_of(keys, valid, first, width, BLOCK_WIDTH, DIVISOR),
-                features_of(rows, use, first, width, BLOCK_WIDTH, DIVISOR),
+                features_of(vectors, use, first, width, BLOCK_WIDTH, DIVISOR),
             )
     return tl.where(valid[:, None], s * scale, float("-inf"))

@@ -62,7 +62,7 @@ MISSING_TO_TRAIN = [
 ]
 if MISSING_TO_TRAIN:
     collect_ignore_glob = [
-        *("test_data_*.py", "test_training*.py", "test_run.py", "test_show.py", "test_cli.py"),
+        *("test_data_*.py", "test_training*.py", "test_run.py", "test_show*.py", "test_cli.py"),
         *("test_checkpoints.py", "test_demo.py", "test_science.py", "test_pictures.py"),
     ]
 
