@@ -525,6 +525,23 @@ def test_rows_of_large_and_small_logits(backend, tokens):
 
 @pytest.mark.not_interpreted
 @pytest.mark.one_instruction_set
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("shift", (-200.0, 40.0, 300.0))
+@pytest.mark.parametrize("rows", ([0], [23, 24], [55], range(0, 60, 7), range(60)), ids=str)
+@pytest.mark.parametrize("tokens", (90, 1300))
+def test_rows_of_shifted_logits(backend, tokens, rows, shift, dtype):
+    """Attention is the same where all logits of a row are larger or smaller by one number."""
+    options = {"batch": 2, "queries": 60, "heads": 3, "kv_heads": 1, "padding": "right"}
+    inputs = attention_inputs(tokens=tokens, dtype=dtype, scale=0.5, **options)
+    inputs["query"][..., 0], inputs["key"][..., 0] = 0, 1
+    expected = backend.expected(OP, backend.inputs(inputs))
+    inputs["query"][:, 1:, list(rows), 0] = shift / 0.5
+    inputs = backend.inputs(inputs)
+    torch.testing.assert_close(call(OP, inputs), expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.one_instruction_set
 @pytest.mark.parametrize(
     "logits, scale", (((15087354, 15087353), 12.33253288), ((2839.2, 2839), 1))
 )

@@ -158,6 +158,29 @@ def test_a_product_wants_the_whole_warp(kernels: Kernels):
         kernels.product(0, 31, integers(16, 16), integers(16, 8), torch.zeros(16, 8))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_matrices(kernels: Kernels, seed: None, count: int):
+    rows = integers(32, 4)
+    out = torch.zeros(count, 32, dtype=torch.int32)
+    kernels.matrices(count, 32, rows, out)
+    named = rows[[5 * i % 32 for i in range(8 * count)]]
+    assert torch.equal(out, named.reshape(count, 32))
+    with pytest.raises(RuntimeError, match="load_matrices without lane 20, which has returned"):
+        kernels.matrices(count, 20, rows, out)
+
+
+def test_some_threads_wait_for_each_other(kernels: Kernels, seed: None):
+    out = torch.zeros(96, dtype=torch.int32)
+    kernels.some_numbers(True, 256, 96, 4, out)
+    assert torch.equal(out.long(), 6 * ((torch.arange(96) + 40) % 96))
+    kernels.some_numbers(False, 256, 96, 4, out)
+    assert not torch.equal(out.long(), 6 * ((torch.arange(96) + 40) % 96))
+    with pytest.raises(RuntimeError, match="sync_some of 100 threads of 256"):
+        kernels.some_numbers(True, 256, 100, 4, out)
+    with pytest.raises(RuntimeError, match="sync_some of .* while others wait for|deadlock: 32 "):
+        kernels.wait_for_different_numbers()
+
+
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
 def test_clusters(kernels: Kernels, seed: None, cluster: int):
     values, sums = integers(16, 64), integers(16, 64)
@@ -208,6 +231,14 @@ def test_copies_arrive_with_the_wait(kernels: Kernels, seed: None):
     kernels.copy_rows(False, 96, 9, rows, unwaited)
     assert (unwaited[:2] == -1).all()
     assert not (unwaited == rows).flatten(1).all(1).any()
+
+
+def test_copies_of_zeros_read_nothing(kernels: Kernels, seed: None):
+    rows = integers(96, 4) + 1
+    out = torch.empty_like(rows)
+    kernels.copy_or_zero(96, rows, out)
+    rows[::3] = 0
+    assert torch.equal(out, rows)
 
 
 def test_deadlocks(kernels: Kernels):

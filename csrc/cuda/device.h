@@ -70,10 +70,40 @@ SMA_MMA(mma_fp16, , "m16n8k16", "f16.f16")
 SMA_MMA(mma_tf32, volatile, "m16n8k8", "tf32.tf32")
 #undef SMA_MMA
 
+// A place in the block's shared memory, to which bytes can be added, or of which bits be flipped.
+using SharedAddress = unsigned;
+__device__ inline SharedAddress flipped(SharedAddress at, unsigned bits) { return at ^ bits; }
+__device__ inline SharedAddress address_of(const void* shared) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
+}
+
+// kMatrices of 8 rows of 16 bytes in shared memory, spread over the lanes as mma wants them: lane l
+// names row l % 8 of matrix l / 8.
+template <int kMatrices>
+__device__ inline void load_matrices(SharedAddress row, uint32_t (&words)[kMatrices]) {
+  if constexpr (kMatrices == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(row)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(row)
+                 : "memory");
+}
+
 // 16 bytes from global to shared memory on their way.
 __device__ inline void copy_async_16(void* shared, const void* global) {
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const SharedAddress to = address_of(shared);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+// The same, or zeros, which read nothing.
+__device__ inline void copy_async_16_or_zeros(void* shared, const void* global, bool read) {
+  const SharedAddress to = address_of(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+               "r"(read ? 16 : 0)
+               : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>  // groups that may still be on their way
@@ -101,11 +131,22 @@ __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-template <class T>  // the same place in the shared memory of another block of the cluster
+// The same place in the shared memory of another block of the cluster, and what is there.
+template <class T>
 __device__ inline T* cluster_map(T* shared, unsigned rank) {
   uint64_t there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
   return reinterpret_cast<T*>(there);
+}
+__device__ inline float cluster_load(const float* shared, unsigned rank) {
+  float value;
+  asm volatile(
+      "{ .reg .u32 there; mapa.shared::cluster.u32 there, %1, %2; "
+      "ld.shared::cluster.f32 %0, [there]; }"
+      : "=f"(value)
+      : "r"(address_of(shared)), "r"(rank)
+      : "memory");
+  return value;
 }
 #else
 __device__ inline unsigned cluster_rank() { return 0; }
@@ -115,7 +156,13 @@ template <class T>
 __device__ inline T* cluster_map(T* shared, unsigned) {
   return shared;
 }
+__device__ inline float cluster_load(const float* shared, unsigned) { return *shared; }
 #endif
+
+// So many threads of a block, of whole warps, wait for each other; always the same ones.
+__device__ inline void sync_some(unsigned threads) {
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
 
 // All blocks of a grid that is launched together wait for each other, and see what was written.
 __device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
@@ -129,6 +176,17 @@ __device__ inline unsigned warps() { return blockDim.x / kWarp; }
 
 // A number that all lanes have, told to the compiler as such. All lanes call it.
 __device__ inline unsigned same_in_warp(unsigned x) { return __shfl_sync(kAllLanes, x, 0); }
+
+// The lane, read anew: what is made of it is made again too, and takes no register until then.
+__device__ inline unsigned lane_again() {
+#ifdef __CUDACC__
+  unsigned lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+#else
+  return lane();
+#endif
+}
 
 // The same pointer to global memory, as one that is not to be computed again at each use.
 template <class T>

@@ -49,9 +49,9 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   const auto try_plan = [&](int64_t blocks, unsigned warps) {  // so many on a multiprocessor
     plan.room =
         static_cast<size_t>((limits.shared_bytes - (blocks - 1) * kReservedShared) / blocks);
-    t.memory = score_memory(a, warps, kFewTiles, a.tokens, 1,
+    t.memory = score_memory(a, warps, kFewTiles, kTurnRowTiles, a.tokens, 1,
                             static_cast<int64_t>(plan.room) - static_cast<int64_t>(own));
-    plan.warps = t.memory.tiles > 0 ? warps : 0;
+    plan.warps = t.memory.key_tiles > 0 ? warps : 0;
     plan.bytes = t.memory.bytes(warps) + own;
   };
   try_plan(score_blocks(a.dtype, kFewTiles, limits.major, kTurnWarps), kTurnWarps);

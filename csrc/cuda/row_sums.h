@@ -28,29 +28,6 @@ __device__ inline RowSum join(RowSum x, RowSum y) {
   return {most, rescaled(x, most) + rescaled(y, most)};
 }
 
-// Over the four lanes that share a row of an mma.
-__device__ inline float most_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-__device__ inline float sum_of_row(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
-
-// The parts of a row that its four lanes hold, kParts each, put together.
-template <int kParts>
-__device__ RowSum join_row(const RowSum (&parts)[kParts]) {
-  RowSum all = {parts[0].most, 0.0f};
-#pragma unroll
-  for (int i = 1; i < kParts; ++i) all.most = fmaxf(all.most, parts[i].most);
-  all.most = most_of_row(all.most);
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) all.sum += rescaled(parts[i], all.most);
-  all.sum = sum_of_row(all.sum);
-  return all;
-}
-
 // Which rows of queries a head has: positions in the query, in order.
 struct RowList {
   const int* rows;

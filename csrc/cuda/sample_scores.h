@@ -1,33 +1,29 @@
 // The scores of one sample, by a block or by a cluster of blocks.
 //
 // Blocks share the heads where one can hold the keys of a sample, else the keys, which are read
-// from memory once. For every 16 rows the warps turn their logits into exponentials once, against
-// the largest of their own, tell each other (the largest, the sum), and add the exponentials to
-// their columns with the weight that follows. Heads are added up in groups that do not depend on
-// the number of blocks, and the groups in their order, so neither do the bits of the result.
+// from memory once. For every chunk of queries the warps turn their logits into exponentials, put
+// the sums of the rows together, and add the exponentials to their columns with the weight that
+// follows. Exponents are counted from 0; where the sum of a row shows that this will not do, the
+// chunk is taken again a row tile at a time, with exponents counted from the largest logit of each
+// row. Heads are added up in groups that do not depend on the number of blocks, and the groups in
+// their order, so neither do the bits of the result.
 #pragma once
+#include "row_totals.h"
 #include "scores.h"
 
 namespace sma {
 namespace cuda {
 
-constexpr unsigned kMostBlocks = 16;  // of a cluster
-constexpr int kMostGroups = 8;        // of heads
-constexpr int kQuad = 4;              // lanes that share a row
+constexpr int kMostGroups = 8;  // of heads
 
-// Sums of a row, two at a time: what a lane reads at once.
-struct alignas(16) RowSumPair {
-  RowSum of[2];
-};
-constexpr int kPairs = kScoreWarps / 2;
-constexpr unsigned kWarpsOfQuad = 2 * kQuad;  // whose sums its lanes read at once
-static_assert(kPairs % kQuad == 0, "each lane of a row reads the sums of as many warps");
+// Between these sums of a row its exponentials against 0 are as exact as those against the largest.
+constexpr float kLeastPlainSum = 0x1p-32f, kMostPlainSum = 0x1p32f;
 
 // How a sample is shared.
 struct Plan {
   unsigned blocks;   // of a sample; they are a cluster unless heads stay apart
   unsigned warps;    // of a block
-  int tiles;         // of 8 keys that the kernel's warps can take
+  int key_tiles;     // that the kernel's warps can take
   int groups;        // of heads, added up in order; where heads stay apart, each is one
   int own_groups;    // of a block
   int group_shift;   // groups are 2 to the power of it; negative where each is a head
@@ -35,12 +31,23 @@ struct Plan {
   int64_t part;      // tokens of a block: of its selection and, where it shares keys, its keys
   ScoreMemory memory;
   // Where things lie in shared memory, behind the Scorer's.
-  size_t row_sums;    // RowSumPair [parity][row][kPairs]: of each warp
-  size_t block_sums;  // RowSum [parity][row]: of all warps, for the other blocks
-  size_t counts;      // int [warp]
-  size_t rows;        // int [selected]: the queries of a head
-  size_t columns;     // float [groups of this block, or one][keys]
+  size_t parts;     // RowParts
+  size_t progress;  // Progress [warp]
+  size_t counts;    // int [warp]
+  size_t rows;      // int [selected]: the queries of a head
+  size_t columns;   // float [groups of this block, or one][keys]
   size_t bytes;
+};
+
+// A chunk of the rows of a head.
+struct alignas(16) Chunk {
+  int head, count, first;  // count: rows of the head
+  short keys, queries;     // buffers
+};
+// How far a warp is. In shared memory: the registers are for logits.
+struct Progress {
+  Chunk now, next;
+  int group, group_end;  // which heads are added up now, and the head behind them
 };
 
 template <int kType, int kTiles>
@@ -48,52 +55,47 @@ class SampleScores {
  public:
   using Score = Scorer<kType, kTiles>;
 
-  __device__ SampleScores(const AttentionScoresArgs& args, const Plan& plan, int64_t sample,
-                          unsigned rank, char* shared)
+  __device__ SampleScores(const AttentionScoresArgs& args, const Plan& plan, int sample,
+                          unsigned rank)
       : a(args),
         plan(plan),
         b(sample),
         rank(rank),
-        scorer(args, plan.memory, sample, shared),
-        row_sums(reinterpret_cast<RowSumPair (*)[kRowTile][kPairs]>(shared + plan.row_sums)),
-        block_sums(reinterpret_cast<RowSum (*)[kRowTile]>(shared + plan.block_sums)),
-        counts(reinterpret_cast<int*>(shared + plan.counts)),
-        rows(reinterpret_cast<int*>(shared + plan.rows)),
-        columns(reinterpret_cast<float*>(shared + plan.columns)) {
-    first_key = plan.shares_keys ? min(a.tokens, rank * plan.part) : 0;
-    last_head = first_head_of(first_group() + plan.own_groups);
-    group = first_group();
-    group_end = first_head_of(group + 1);
-    // warps that are not there, or have no keys, stay at this
-    for (unsigned i = threadIdx.x; i < 2 * kRowTile * kPairs; i += blockDim.x)
-      row_sums[0][0][i] = {{{-kInfinity, 0.0f}, {-kInfinity, 0.0f}}};
-  }
+        scorer(args, plan.memory, sample, shared_memory()),
+        totals(*at<RowParts>(plan.parts), plan.shares_keys ? plan.blocks : 1) {}
 
   __device__ void run() {
-    scorer.look_at(first_key, plan.shares_keys ? min(a.tokens, first_key + plan.part) : a.tokens);
-    int head = first_head_of(first_group());  // the first whose columns are not written
-    Item next = {head - 1, kNotListed, 0, 0, 0};
-    bool here = false, more = true;  // is there a chunk of rows, and one behind it?
-    while (more) {
-      const Item item = next;
-      if (here) {
-        copy_async_wait<0>();
-        __syncthreads();
-      }
-      more = find_next(&next);
-      const bool other_keys = !here || key_head(next.head) != key_head(item.head);
+    scorer.take_keys(first_key(),
+                     plan.shares_keys ? min(a.tokens, first_key() + plan.part) : a.tokens);
+    totals.begin(scorer.has_keys());
+    Chunk first = {first_head_of(first_group()) - 1, kNotListed, 0, 0, 0};
+    find_next(&first);
+    if (first.head < last_head()) stage(first, true);
+    Progress& progress = at<Progress>(plan.progress)[warp()];
+    if (lane() == 0) progress = {first, first, first_group(), first_head_of(first_group() + 1)};
+    __syncwarp();
+    end_heads(first_head_of(first_group()), first.head);
+    while (progress.now.head < last_head()) {
+      copy_async_wait<0>();
+      __syncthreads();
+      Chunk next = progress.now;
+      find_next(&next);
+      const bool more = next.head < last_head();
+      const bool other_keys = more && key_head(next.head) != key_head(progress.now.head);
+      next.queries ^= 1;
+      if (other_keys) next.keys = static_cast<short>(plan.memory.buffers - 1 - next.keys);
+      if (lane() == 0) progress.next = next;
       // Where there is one place for keys, others are sent for when these are used: no thread reads
-      // another's.
-      const int turn = here && other_keys && plan.memory.buffers == 1;
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        if (more && i == turn) stage(&next, other_keys);
-        if (here && i == 0) add_rows(item);
-      }
-      const int until = more ? next.head : last_head;
-#pragma unroll 1
-      for (; head < until; ++head) end_head(head);
-      here = true;
+      // another warp's.
+      const bool later = other_keys && plan.memory.buffers == 1;
+      if (more && !later) stage(next, other_keys);
+      __syncwarp();
+      add_rows(progress.now);
+      if (later) stage(progress.next, true);
+      end_heads(progress.now.head, progress.next.head);
+      __syncwarp();
+      if (lane() == 0) progress.now = progress.next;
+      __syncwarp();
     }
     if (a.reduce != kNone) write_sums();
     cluster_sync();  // what is shared may be written over, and scores read
@@ -101,142 +103,105 @@ class SampleScores {
 
  private:
   static constexpr int kNotListed = -1;
-  struct Item {  // a chunk of the rows of a head
-    int head, count, first;
-    int keys, queries;  // buffers
-  };
+  static constexpr int kPassTiles = pass_tiles(kType, kTiles);
 
   const AttentionScoresArgs& a;
   const Plan& plan;
-  const int64_t b;
+  const int b;
   const unsigned rank;  // of this block among those of the sample
   Score scorer;
-  RowSumPair (*const row_sums)[kRowTile][kPairs];
-  RowSum (*const block_sums)[kRowTile];
-  int* const counts;
-  int* const rows;
-  float* const columns;
-  int64_t first_key;
-  int last_head;
-  int group, group_end;  // which heads are added up now, and the head behind them
-  int parity = 0;
+  RowTotals totals;
 
+  template <class T>
+  static __device__ T* at(size_t offset) {
+    return reinterpret_cast<T*>(shared_memory() + offset);
+  }
+  __device__ int64_t first_key() const {
+    return plan.shares_keys ? min(a.tokens, rank * plan.part) : 0;
+  }
+  __device__ int last_head() const { return first_head_of(first_group() + plan.own_groups); }
   __device__ int key_head(int head) const {
     return plan.memory.sharing == 1 ? head : head / plan.memory.sharing;
   }
 
-  // Goes on to the next chunk that has rows; false: there is none.
-  __device__ bool find_next(Item* at) {
-    at->first += plan.memory.chunk_rows();
-    while (at->first >= at->count) {
-      if (++at->head >= last_head) return false;
-      at->first = 0;
-      if (a.head_index != nullptr || at->count == kNotListed)
-        at->count = list_rows(a, b, at->head, 0, a.selected, rows, counts).count;
+  // Goes on to the next chunk that has rows; its head is last_head() where there is none.
+  __device__ void find_next(Chunk* chunk) {
+    int* const rows = at<int>(plan.rows);
+    chunk->first += plan.memory.chunk_rows();
+    while (chunk->first >= chunk->count) {
+      if (++chunk->head >= last_head()) return;
+      chunk->first = 0;
+      if (a.head_index != nullptr || chunk->count == kNotListed)
+        chunk->count =
+            list_rows(a, b, chunk->head, 0, a.selected, rows, at<int>(plan.counts)).count;
     }
-    return true;
   }
 
   // Sends for a chunk of queries, and for the keys of its head.
-  __device__ void stage(Item* at, bool other_keys) {
-    at->queries ^= 1;
-    scorer.stage_queries(at->queries, at->head, {rows, at->count}, at->first);
-    if (other_keys) {
-      at->keys = plan.memory.buffers - 1 - at->keys;
-      scorer.stage_keys(at->keys, key_head(at->head));
-    }
+  __device__ void stage(const Chunk& chunk, bool other_keys) {
+    scorer.stage_queries(chunk.queries, chunk.head, {at<int>(plan.rows), chunk.count}, chunk.first);
+    if (other_keys) scorer.stage_keys(chunk.keys, key_head(chunk.head));
     copy_async_commit();
   }
 
-  __device__ void add_rows(const Item& item) {
+  // Warps that take no part wait at the next chunk.
+  __device__ void add_rows(const Chunk& chunk) {
+    if (!totals.takes_part()) return;
+    const int rows = min(chunk.count - chunk.first, plan.memory.chunk_rows());
+    const int row_tiles = ceil_div(rows, kRowTile);
+    for (int first = 0; first < row_tiles; first += kPassTiles) {
+      const int count = min(row_tiles - first, kPassTiles);
+      bool done = false;
+      with_row_tiles<kPassTiles>(count, [&](auto tiles) {
+        done = add_plainly<decltype(tiles)::value>(chunk, first, rows);
+      });
 #pragma unroll 1
-    for (int tile = 0; tile < plan.memory.row_tiles; ++tile, parity ^= 1) {
-      const int left = item.count - item.first - tile * kRowTile;
-      if (left <= 0) return;
-      if (!scorer.has_keys()) wait_for_others();
-      else if (left > 8) add_tile<2>(item, tile, left);
-      else add_tile<1>(item, tile, left);
+      for (int i = 0; !done && i < count; ++i) add_carefully(chunk, first + i, rows);
     }
   }
 
-  // The sums of all warps, and blocks, are there behind it. Warps with and without keys come here
-  // from different places, which a barrier allows.
-  __device__ void wait_for_others() {
-    __syncthreads();
-    if (plan.shares_keys) tell_blocks();
+  // kRows: row tiles from `first` on, of a chunk of so many rows. False: nothing is added, the sum
+  // of a row is too large or too small. All warps, of all blocks, find the same.
+  template <int kRows>
+  __device__ bool add_plainly(const Chunk& chunk, int first, int rows) {
+    typename Score::template Logits<kRows> e;
+    typename Score::template OfRows<kRows> sum, weight;
+    float total[kRows];
+    scorer.logits(chunk.keys, chunk.queries, first, e);
+    scorer.plain_exponentials(e, sum);
+    totals.put_together<SumOfParts>(first, sum, total);
+    bool is_plain = true;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      is_plain &= total[j] > kLeastPlainSum && total[j] < kMostPlainSum;
+    if (!__all_sync(kAllLanes, is_plain)) return false;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      total[j] = is_row_of(first + j, rows) ? reciprocal_fast(total[j]) : 0.0f;
+    totals.spread(total, weight);
+    scorer.add(e, weight);
+    return true;
   }
 
-  // kHalves: of the rows that are there.
-  template <int kHalves>
-  __device__ void add_tile(const Item& item, int tile, int left) {
-    typename Score::Logits e;
-    RowSum own[kHalves], all[kHalves];
-    scorer.logits(item.keys, item.queries, tile, e);
-    scorer.exponentials(e, own);
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half)
-      if (lane() % kQuad == 0)
-        row_sums[parity][row_of(half)][warp() / 2].of[warp() % 2] = own[half];
-    wait_for_others();
-    if (plan.shares_keys) {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) all[half] = of_blocks(row_of(half));
-    } else {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) all[half] = of_warps(row_of(half));
-    }
-    float weight[kHalves];
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      weight[half] =
-          rescaled({own[half].most, 1.0f}, all[half].most) * reciprocal_fast(all[half].sum);
-      if (row_of(half) >= left) weight[half] = 0.0f;
-    }
+  // A row tile of a chunk of so many rows.
+  __device__ void add_carefully(const Chunk& chunk, int row_tile, int rows) {
+    typename Score::template Logits<1> e;
+    typename Score::template OfRows<1> most, sum, weight;
+    float total[1];
+    scorer.logits(chunk.keys, chunk.queries, row_tile, e);
+    scorer.largest(e, most);
+    totals.put_together<MostOfParts>(kPlaceMost, most, total);
+    totals.spread(total, most);
+    scorer.exponentials(e, most, sum);
+    totals.put_together<SumOfParts>(kPlaceSum, sum, total);
+    total[0] = is_row_of(row_tile, rows) ? reciprocal_fast(total[0]) : 0.0f;
+    totals.spread(total, weight);
     scorer.add(e, weight);
   }
 
-  static __device__ int row_of(int half) { return half * 8 + static_cast<int>(lane()) / kQuad; }
-
-  template <int kEach>  // pairs of warps that a lane takes
-  struct Parts {
-    RowSum of[2 * kEach];
-  };
-  template <int kEach>
-  __device__ Parts<kEach> of_pairs(int row) const {
-    Parts<kEach> parts;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const RowSumPair pair = row_sums[parity][row][lane() % kQuad + i * kQuad];
-      parts.of[2 * i] = pair.of[0];
-      parts.of[2 * i + 1] = pair.of[1];
-    }
-    return parts;
-  }
-
-  // What the keys of this block add up to.
-  __device__ RowSum of_warps(int row) const {
-    if (warps() <= kWarpsOfQuad) return join_row(of_pairs<1>(row).of);
-    return join_row(of_pairs<kPairs / kQuad>(row).of);
-  }
-
-  // What the keys of all blocks add up to.
-  __device__ void tell_blocks() {
-    if (warp() < 2) {
-      const int row = row_of(static_cast<int>(warp()));
-      const RowSum all = of_warps(row);
-      if (lane() % kQuad == 0) block_sums[parity][row] = all;
-    }
-    cluster_sync();
-  }
-  __device__ RowSum of_blocks(int row) const {
-    RowSum parts[kMostBlocks / kQuad];
-#pragma unroll
-    for (unsigned i = 0; i < kMostBlocks / kQuad; ++i) {
-      const unsigned block = lane() % kQuad + i * kQuad;
-      parts[i] = {-kInfinity, 0.0f};
-      if (block < plan.blocks) parts[i] = *cluster_map(&block_sums[parity][row], block);
-    }
-    return join_row(parts);
+  // Whether the row whose total a lane has is one.
+  static __device__ bool is_row_of(int row_tile, int rows) {
+    return row_tile * kRowTile + static_cast<int>(lane() / 4) < rows;
   }
 
   // The first of the groups that this block adds up.
@@ -248,24 +213,35 @@ class SampleScores {
   }
   __device__ bool keeps_groups() const { return plan.blocks > 1 && !plan.shares_keys; }
 
-  // Writes what a head's rows add up to, or adds it to its group's.
-  __device__ void end_head(int head) {
-    if (head + 1 != group_end) return;
-    float* sums = columns - first_key + (keeps_groups() ? (group - first_group()) * a.tokens : 0);
-    bool first = keeps_groups() || group == first_group();
-    if (a.reduce == kNone) {
-      sums = a.scores + (b * a.heads + head) * a.tokens;
-      first = true;
+  // Writes what the rows of heads add up to, or adds it to their group's.
+  __device__ void end_heads(int head, int last) {
+    Progress& progress = at<Progress>(plan.progress)[warp()];
+#pragma unroll 1
+    for (; head < last; ++head) {
+      if (head + 1 != progress.group_end) continue;
+      const int group = progress.group;
+      float* sums = at<float>(plan.columns) - first_key() +
+                    (keeps_groups() ? (group - first_group()) * a.tokens : 0);
+      bool first = keeps_groups() || group == first_group();
+      if (a.reduce == kNone) {
+        sums = a.scores + (int64_t{b} * a.heads + head) * a.tokens;
+        first = true;
+      }
+      if (first || scorer.has_keys())
+        scorer.take_columns([&](int n, float sum) { sums[n] = first ? sum : sums[n] + sum; });
+      __syncwarp();
+      if (lane() == 0) {
+        progress.group = group + 1;
+        progress.group_end = first_head_of(group + 2);
+      }
+      __syncwarp();
     }
-    if (first || scorer.has_keys())
-      scorer.take_columns([&](int n, float sum) { sums[n] = first ? sum : sums[n] + sum; });
-    group_end = first_head_of(++group + 1);
   }
 
   __device__ void write_sums() {
     float factor = 1.0f;
     if (a.reduce == kMean && a.head_index == nullptr) factor /= static_cast<float>(a.heads);
-    float* scores = a.scores + b * a.tokens;
+    float* scores = a.scores + int64_t{b} * a.tokens;
     const int64_t begin = rank * plan.part, end = min(a.tokens, begin + plan.part);
     cluster_sync();
     for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) {
@@ -276,12 +252,13 @@ class SampleScores {
         for (int group = 0; group < kMostGroups; ++group) {
           const unsigned r = group * plan.blocks >> plan.group_shift;
           if (group < plan.groups)
-            sums[group] = cluster_map(columns, r)[(group - r * plan.own_groups) * a.tokens + n];
+            sums[group] = cluster_map(at<float>(plan.columns),
+                                      r)[(group - r * plan.own_groups) * a.tokens + n];
         }
 #pragma unroll
         for (int group = 0; group < kMostGroups; ++group)
           if (group < plan.groups) total += sums[group];
-      } else total = columns[n - first_key];
+      } else total = at<float>(plan.columns)[n - first_key()];
       scores[n] = total * factor;
     }
   }

@@ -18,11 +18,10 @@ template <int kType, int kTiles>
 __global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWarp, 1)
     masking_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                    const __grid_constant__ Plan plan, bool selects) {
-  char* const memory = shared_memory();
   const unsigned sample = blockIdx.x / plan.blocks, rank = blockIdx.x % plan.blocks;
-  SampleScores<kType, kTiles>(a.attention, plan, sample, rank, memory).run();
+  SampleScores<kType, kTiles>(a.attention, plan, static_cast<int>(sample), rank).run();
   if (!selects) return;
-  select_sample<MaskHighest>(a.select, sample, memory);
+  select_sample<MaskHighest>(a.select, sample, shared_memory());
   for (int i = 0; i < a.num_gathers; ++i)
     gather_sample(a.gathers[i], sample, cluster_rank(), cluster_size());
 }
@@ -40,25 +39,25 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
   while (plan.group_shift >= 0 && 1 << plan.group_shift < groups) ++plan.group_shift;
   plan.part = ceil_div<int64_t>(a.tokens, blocks);
   const int64_t keys = shares_keys ? plan.part : a.tokens;
-  const int64_t few = int64_t{score_warps(a.dtype, kFewTiles, major)} * kFewTiles * 8;
-  plan.tiles = keys <= few ? kFewTiles : kManyTiles;
-  const unsigned most_warps = score_warps(a.dtype, plan.tiles, major);
-  unsigned warps = shares_keys ? 2 : 1;  // two tell the other blocks
-  while (warps < most_warps && warps * kFewTiles * 8 < keys) warps *= 2;
+  const int64_t few = int64_t{score_warps(a.dtype, kFewTiles, major)} * kFewTiles * kKeyTile;
+  plan.key_tiles = keys <= few ? kFewTiles : kManyTiles;
+  const unsigned most_warps = score_warps(a.dtype, plan.key_tiles, major);
+  unsigned warps = 1;
+  while (warps < most_warps && warps * kFewTiles * kKeyTile < keys) warps *= 2;
   const int64_t sets = a.reduce == kNone ? 0 : blocks > 1 && !shares_keys ? groups / blocks : 1;
-  const size_t row_sums = sizeof(RowSumPair) * 2 * kRowTile * kPairs;
-  const size_t block_sums = sizeof(RowSum) * 2 * kRowTile;
-  const size_t own = row_sums + block_sums + sizeof(int) * (kScoreWarps + a.selected) +
+  const size_t own = sizeof(RowParts) + sizeof(Progress) * kScoreWarps +
+                     sizeof(int) * (kScoreWarps + a.selected) +
                      sizeof(float) * static_cast<size_t>(sets * keys);
-  plan.memory = score_memory(a, warps, plan.tiles, keys, buffers, room - static_cast<int64_t>(own));
+  plan.memory = score_memory(a, warps, plan.key_tiles, kMostRowTiles, keys, buffers,
+                             room - static_cast<int64_t>(own));
   if (plan.memory.keys(warps) < keys) return plan;
   plan.warps = warps;
-  plan.row_sums = plan.memory.bytes(warps);
-  plan.block_sums = plan.row_sums + row_sums;
-  plan.counts = plan.block_sums + block_sums;
+  plan.parts = plan.memory.bytes(warps);
+  plan.progress = plan.parts + sizeof(RowParts);
+  plan.counts = plan.progress + sizeof(Progress) * kScoreWarps;
   plan.rows = plan.counts + sizeof(int) * kScoreWarps;
   plan.columns = plan.rows + sizeof(int) * a.selected;
-  plan.bytes = plan.row_sums + own;
+  plan.bytes = plan.parts + own;
   if (selects) plan.bytes = std::max(plan.bytes, select_sample_bytes(a.tokens));
   return plan;
 }
@@ -75,7 +74,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   while (groups < kMostGroups && groups * 2 <= a.heads) groups *= 2;
   if (apart) groups = static_cast<int>(a.heads);
   const auto blocks_of = [&](const Plan& plan) {  // of a multiprocessor
-    return score_blocks(a.dtype, plan.tiles, limits.major, plan.warps);
+    return score_blocks(a.dtype, plan.key_tiles, limits.major, plan.warps);
   };
   const auto plan_for = [&](unsigned blocks, bool shares_keys) {
     // two blocks on a multiprocessor go before a second place for keys
@@ -131,8 +130,9 @@ int masking_at_once(const SelfGuidedMaskingArgs& a, bool selects, const Place& p
   if (plan.warps == 0) return kNotAtOnce;
   const int64_t blocks = a.attention.batch * plan.blocks;
   if (blocks > INT32_MAX) return kNotAtOnce;
-  const MaskingKernel kernel = plan.tiles == kFewTiles ? kernel_of<kFewTiles>(a.attention.dtype)
-                                                       : kernel_of<kManyTiles>(a.attention.dtype);
+  const MaskingKernel kernel = plan.key_tiles == kFewTiles
+                                   ? kernel_of<kFewTiles>(a.attention.dtype)
+                                   : kernel_of<kManyTiles>(a.attention.dtype);
   const unsigned cluster = a.attention.reduce == kNone ? 1 : plan.blocks;
   const Grid grid = {dim3(static_cast<unsigned>(blocks)), plan.warps * kWarp, plan.bytes, cluster};
   return launch(kernel, grid, place, a, plan, selects);

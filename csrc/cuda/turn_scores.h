@@ -8,7 +8,9 @@
 namespace sma {
 namespace cuda {
 
-constexpr int kPartRows = kMostRowTiles * kRowTile;  // whose sums a block makes at a time,
+constexpr int kTurnRowTiles = 4;                     // of a chunk,
+constexpr int kAtOnce = 2;                           // and whose logits a warp keeps
+constexpr int kPartRows = kTurnRowTiles * kRowTile;  // whose sums a block makes at a time,
 constexpr int64_t kMostParts = 32;                   // in so many parts, of rows and of keys
 constexpr int64_t kMostRows = 512;                   // of a head, in one turn: leaves more samples
 constexpr unsigned kTurnWarps = 8;                   // of a block, at most
@@ -92,37 +94,12 @@ class TurnScores {
     RowList of_head = list_rows_of(b, h);
     of_head.count = min(of_head.count, (part + 1) * kPartRows);
     Score scorer(a, t.memory, b, memory);
-    const int first_key = split * t.split_keys;
-    const int last_key = static_cast<int>(min(a.tokens, int64_t{first_key} + t.split_keys));
-    const int keys = t.memory.keys(warps());
     const int begin = part * kPartRows;
     for (int first = begin; first < of_head.count; first += t.memory.chunk_rows()) {
       const int count = min(t.memory.chunk_rows(), of_head.count - first);
-      // a warp keeps its own sums of the chunk's rows
-      for (unsigned i = lane(); i < t.memory.chunk_rows(); i += kWarp)
-        shared.sums[i][warp()] = {-kInfinity, 0.0f};
       scorer.stage_queries(0, h, of_head, first);
-      for (int64_t key = first_key; key < last_key; key += keys) {
-        if (first == begin || last_key - first_key > keys) {  // else they are there
-          scorer.look_at(key, last_key);
-          scorer.stage_keys(0, h / t.memory.sharing);
-        }
-        copy_async_commit();
-        copy_async_wait<0>();
-        __syncthreads();
-        for (int tile = 0; scorer.has_keys() && tile * kRowTile < count; ++tile) {
-          typename Score::Logits e;
-          scorer.logits(0, 0, tile, e);
-          RowSum more[2];
-          scorer.exponentials(e, more);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            RowSum& own = shared.sums[tile * kRowTile + half * 8 + lane() / 4][warp()];
-            if (lane() % 4 == 0) own = join(own, more[half]);
-          }
-        }
-        __syncthreads();
-      }
+      sum_chunk(scorer, h / t.memory.sharing, split, ceil_div(count, kRowTile), first == begin);
+      __syncthreads();
       RowSum* parts = t.parts + (at * t.splits + split) * rows() + first;
       for (int i = threadIdx.x; i < count; i += blockDim.x) {
         RowSum sum = shared.sums[i][0];
@@ -131,6 +108,63 @@ class TurnScores {
       }
       __syncthreads();
     }
+  }
+
+  // Each lane keeps the sums of its keys until all have passed by.
+  __device__ void sum_chunk(Score& scorer, int key_head, int split, int row_tiles, bool is_first) {
+    const int first_key = split * t.split_keys, keys = t.memory.keys(warps());
+    const int last_key = static_cast<int>(min(a.tokens, int64_t{first_key} + t.split_keys));
+    RowSum own[kTurnRowTiles][2];
+#pragma unroll
+    for (int j = 0; j < kTurnRowTiles; ++j) own[j][0] = own[j][1] = {-kInfinity, 0.0f};
+#pragma unroll 1
+    for (int key = first_key; key < last_key; key += keys) {
+      if (is_first || last_key - first_key > keys) {  // else they are there
+        scorer.take_keys(key, last_key);
+        scorer.stage_keys(0, key_head);
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+      __syncthreads();
+      if (scorer.has_keys()) {
+#pragma unroll
+        for (int tile = 0; tile < kTurnRowTiles; tile += kAtOnce)
+          if (tile < row_tiles)
+            with_row_tiles<kAtOnce>(row_tiles - tile, [&](auto tiles) {
+              join_tiles<decltype(tiles)::value>(scorer, tile, &own[tile]);
+            });
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int j = 0; j < kTurnRowTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const RowSum sum = join_lanes(own[j][i]);
+        if (lane() < 4) shared.sums[j * kRowTile + lane() * 2 + i][warp()] = sum;
+      }
+  }
+
+  template <int kRows>
+  static __device__ void join_tiles(const Score& scorer, int row_tile, RowSum (*own)[2]) {
+    typename Score::template Logits<kRows> e;
+    typename Score::template OfRows<kRows> most, sum;
+    scorer.logits(0, 0, row_tile, e);
+    scorer.largest(e, most);
+    scorer.exponentials(e, most, sum);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) own[j][i] = join(own[j][i], {most[j][i], sum[j][i]});
+  }
+
+  // Over the lanes that have parts of the same row.
+  static __device__ RowSum join_lanes(RowSum x) {
+#pragma unroll
+    for (int other = 4; other < kWarp; other *= 2)
+      x = join(
+          x, {__shfl_xor_sync(kAllLanes, x.most, other), __shfl_xor_sync(kAllLanes, x.sum, other)});
+    return x;
   }
 
   // Puts the parts of each row together. Rows that no query takes hold nothing, and are not read.
@@ -153,7 +187,7 @@ class TurnScores {
     const int first_head = head + (apart() ? at % heads() : 0);
     const int last_head = apart() ? first_head + 1 : head + heads();
     Score scorer(a, t.memory, b, memory);
-    scorer.look_at(first_key, min(a.tokens, first_key + t.memory.keys(warps())));
+    scorer.take_keys(first_key, min(a.tokens, first_key + t.memory.keys(warps())));
     for (int h = first_head; h < last_head; ++h) {
       const RowList of_head = list_rows_of(b, h);
       const RowSum* whole = t.whole + ((b - sample) * heads() + h - head) * rows();
@@ -166,23 +200,14 @@ class TurnScores {
         __syncthreads();
         if (first + t.memory.chunk_rows() < of_head.count)
           scorer.stage_queries(buffer ^ 1, h, of_head, first + t.memory.chunk_rows());
-        for (int tile = 0; scorer.has_keys() && tile < t.memory.row_tiles; ++tile) {
-          const int left = of_head.count - first - tile * kRowTile;
-          if (left <= 0) break;
-          typename Score::Logits e;
-          scorer.logits(0, buffer, tile, e);
-          float most[2], weight[2], sum[2];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int i = half * 8 + static_cast<int>(lane() / 4);
-            const RowSum of_row =
-                i < left ? whole[first + tile * kRowTile + i] : RowSum{0.0f, 0.0f};
-            most[half] = of_row.most;
-            weight[half] = of_row.sum;
-          }
-          scorer.exponentials(e, most, sum);
-          scorer.add(e, weight);
-        }
+        if (!scorer.has_keys()) continue;
+        const int count = min(t.memory.chunk_rows(), of_head.count - first);
+        const int row_tiles = ceil_div(count, kRowTile);
+#pragma unroll 1
+        for (int tile = 0; tile < row_tiles; tile += kAtOnce)
+          with_row_tiles<kAtOnce>(row_tiles - tile, [&](auto tiles) {
+            add_tiles<decltype(tiles)::value>(scorer, buffer, tile, whole + first, count);
+          });
       }
       __syncthreads();  // keys and queries are taken
     }
@@ -192,6 +217,26 @@ class TurnScores {
     const bool adds = row > 0 || (!apart() && head > 0);
     scorer.take_columns(
         [&](int n, float sum) { scores[n] = (adds ? scores[n] : 0.0f) + sum * factor; });
+  }
+
+  // whole: of the chunk's rows, of which there are `count`.
+  template <int kRows>
+  static __device__ void add_tiles(Score& scorer, int buffer, int row_tile, const RowSum* whole,
+                                   int count) {
+    typename Score::template Logits<kRows> e;
+    typename Score::template OfRows<kRows> most, weight, sum;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = (row_tile + j) * kRowTile + static_cast<int>(lane() % 4 * 2) + i;
+        const RowSum of_row = whole[min(row, count - 1)];
+        most[j][i] = of_row.most;
+        weight[j][i] = row < count ? of_row.sum : 0.0f;
+      }
+    scorer.logits(0, buffer, row_tile, e);
+    scorer.exponentials(e, most, sum);
+    scorer.add(e, weight);
   }
 };
 

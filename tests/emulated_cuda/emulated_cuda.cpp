@@ -213,7 +213,7 @@ void start_cluster(const Launch& launch, uint3 origin) {
     block.shared = &shared[base + rank * cluster.shared_stride];
     memset(block.shared, kUnwritten, cluster.shared_bytes);
     memset(block.shared + cluster.shared_bytes, kGuardByte, kGuard);
-    block.barrier = {first, first + threads, static_cast<int>(threads)};
+    block.barrier = block.part_barrier = {first, first + threads, static_cast<int>(threads)};
     for (unsigned w = 0; w < warps; ++w)
       cluster.warps[rank * warps + w] = {
           first + w * kLanes, threads - w * kLanes < kLanes ? (1u << threads % kLanes) - 1 : ~0u};
@@ -270,6 +270,18 @@ int barrier_wait(Barrier& barrier, const char* name, int predicate) {
   try_release(barrier);
   run_next(self.context);
   return self.result;
+}
+
+void barrier_wait_some(Barrier& barrier, const char* name, unsigned threads) {
+  const auto all = static_cast<unsigned>(barrier.end - barrier.begin);
+  if (threads == 0 || threads % kLanes != 0 || threads > all)
+    fail(std::string(name) + " of " + std::to_string(threads) + " threads of " +
+         std::to_string(all));
+  if (barrier.arrived > 0 && barrier.live != static_cast<int>(threads))
+    fail(std::string(name) + " of " + std::to_string(threads) + " threads while others wait for " +
+         std::to_string(barrier.live));
+  barrier.live = static_cast<int>(threads);
+  barrier_wait(barrier, name, 0);
 }
 
 std::string run(const Launch& launch) {

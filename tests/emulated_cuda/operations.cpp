@@ -56,7 +56,10 @@ void multiply(void* const* operands, Unpack unpack) {
   }
 }
 
-void finish(const Copy& copy) { memcpy(copy.to, copy.from, 16); }
+void finish(const Copy& copy) {
+  if (copy.from == nullptr) memset(copy.to, 0, 16);
+  else memcpy(copy.to, copy.from, 16);
+}
 
 }  // namespace
 
@@ -148,6 +151,20 @@ void mma_fp16(void* const* operands) {
 }
 void mma_tf32(void* const* operands) {  // the low 13 bits are not looked at
   multiply<8, 1>(operands, [](uint32_t word, int) { return __uint_as_float(word & ~0x1FFFu); });
+}
+
+// Matrix i has its rows from the lanes 8 i to 8 i + 7; a lane gets 4 bytes of row lane / 4 of each.
+void load_matrices(void* const* operands) {
+  for (unsigned lane = 0; lane < kLanes; ++lane)
+    if (operands[lane] == nullptr)
+      fail("load_matrices without lane " + std::to_string(lane) + ", which has returned");
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    MatrixRow& own = *static_cast<MatrixRow*>(operands[lane]);
+    for (unsigned i = 0; i < own.matrices; ++i) {
+      const void* row = static_cast<const MatrixRow*>(operands[8 * i + lane / 4])->row;
+      memcpy(&own.words[i], static_cast<const char*>(row) + lane % 4 * 4, 4);
+    }
+  }
 }
 
 char* cluster_map(char* at, unsigned rank) {

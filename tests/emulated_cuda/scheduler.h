@@ -50,12 +50,12 @@ struct Block {
   uint3 index;
   unsigned rank;  // in its cluster
   char* shared;
-  Barrier barrier;
+  Barrier barrier, part_barrier;  // of all threads, and of some
 };
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: zeros
 };
 
 struct Fiber {
@@ -106,5 +106,8 @@ void warp_wait(const WarpOperation& operation, unsigned mask, void* operands);
 
 // Waits for all threads that have not returned; returns how many predicates held.
 int barrier_wait(Barrier& barrier, const char* name, int predicate);
+
+// Waits for so many threads, of whole warps; all of them must name the same number.
+void barrier_wait_some(Barrier& barrier, const char* name, unsigned threads);
 
 }  // namespace emulated

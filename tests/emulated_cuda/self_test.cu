@@ -91,6 +91,45 @@ __global__ void product(const uint32_t* a, const uint32_t* b, float* d) {
   for (unsigned i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 
+// words of 32 rows, of which lane l names row 5 l % 32; out: (kMatrices, 32)
+template <int kMatrices>
+__global__ void matrices(const uint4* from, uint32_t* out) {
+  uint4* rows = reinterpret_cast<uint4*>(shared_memory());
+  rows[threadIdx.x] = from[threadIdx.x];
+  __syncthreads();
+  uint32_t words[kMatrices];
+  load_matrices(address_of(&rows[5 * threadIdx.x % kWarp]), words);
+  for (int i = 0; i < kMatrices; ++i) out[i * kWarp + threadIdx.x] = words[i];
+}
+
+// the first `some` threads, and nobody else, tell their neighbours a number, `rounds` times
+template <bool kSynchronized>
+__global__ void some_numbers(unsigned some, int rounds, int* out) {
+  int* numbers = reinterpret_cast<int*>(shared_memory());
+  if (threadIdx.x < some) {
+    int sum = 0;
+    for (int round = 0; round < rounds; ++round) {
+      numbers[threadIdx.x] = round * static_cast<int>(threadIdx.x);
+      if (kSynchronized) sync_some(some);
+      sum += numbers[(threadIdx.x + 40) % some];
+      if (kSynchronized) sync_some(some);
+    }
+    out[threadIdx.x] = sum;
+  }
+  __syncthreads();
+}
+
+__global__ void wait_for_different_numbers() { sync_some(threadIdx.x < 32 ? 64 : 32); }
+
+__global__ void copy_or_zero(const uint4* from, uint4* to) {
+  uint4* buffer = reinterpret_cast<uint4*>(shared_memory()) + threadIdx.x;
+  const bool read = threadIdx.x % 3 != 0;
+  copy_async_16_or_zeros(buffer, read ? from + threadIdx.x : nullptr, read);
+  copy_async_commit();
+  copy_async_wait<0>();
+  to[threadIdx.x] = *buffer;
+}
+
 // every block sums what all blocks of its cluster hold
 template <bool kStays>
 __global__ void cluster_sums(const int* values, int* sums) {
@@ -98,7 +137,11 @@ __global__ void cluster_sums(const int* values, int* sums) {
   own[threadIdx.x] = values[blockIdx.x * blockDim.x + threadIdx.x];
   cluster_sync();
   int sum = 0;
-  for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += cluster_map(own, rank)[threadIdx.x];
+  for (unsigned rank = 0; rank < cluster_size(); ++rank) {
+    const auto* place = reinterpret_cast<const float*>(&own[threadIdx.x]);
+    if (rank % 2 == 0) sum += cluster_map(own, rank)[threadIdx.x];
+    else sum += static_cast<int>(__float_as_uint(cluster_load(place, rank)));
+  }
   sums[blockIdx.x * blockDim.x + threadIdx.x] = sum * 10 + static_cast<int>(cluster_rank());
   if (kStays) cluster_sync();  // before its memory goes
 }
@@ -213,6 +256,21 @@ EXPORT const char* run_product(int kind, int threads, const uint32_t* a, const u
                                float* d) {
   const auto kernel = kind == 0 ? product<0> : kind == 1 ? product<1> : product<2>;
   return launch(kernel, 1, threads, 0, 1, a, b, d);
+}
+EXPORT const char* run_matrices(int count, int threads, const uint4* from, uint32_t* out) {
+  return launch(count == 4 ? matrices<4> : matrices<2>, 1, threads, kWarp * sizeof(uint4), 1, from,
+                out);
+}
+EXPORT const char* run_some_numbers(bool synchronized, int threads, unsigned some, int rounds,
+                                    int* out) {
+  return launch(synchronized ? some_numbers<true> : some_numbers<false>, 1, threads,
+                sizeof(int) * threads, 1, some, rounds, out);
+}
+EXPORT const char* run_wait_for_different_numbers() {
+  return launch(wait_for_different_numbers, 1, 64, 0, 1);
+}
+EXPORT const char* run_copy_or_zero(int threads, const uint4* from, uint4* to) {
+  return launch(copy_or_zero, 1, threads, sizeof(uint4) * threads, 1, from, to);
 }
 EXPORT const char* run_cluster_sums(bool stays, int blocks, int cluster, int threads,
                                     const int* values, int* sums) {

@@ -23,7 +23,15 @@ inline void mma(const WarpOperation& operation, float* d, const uint32_t* a, uin
   warp_wait(operation, ~0u, &operands);
 }
 
-void copy_async(void* shared, const void* global);
+struct MatrixRow {
+  const void* row;
+  unsigned matrices;
+  uint32_t words[4];
+};
+void load_matrices(void* const* operands);
+inline constexpr WarpOperation kLoadMatrices = {"load_matrices", load_matrices};
+
+void copy_async(void* shared, const void* global);  // null: zeros
 void copy_async_wait(size_t left);
 char* cluster_map(char* shared, unsigned rank);
 float half_to_float(uint16_t bits);
@@ -67,6 +75,21 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   emulated::mma(emulated::kMmaTf32, d, a, b0, b1);
 }
 
+using SharedAddress = const char*;
+inline SharedAddress flipped(SharedAddress at, unsigned bits) {
+  return reinterpret_cast<SharedAddress>(reinterpret_cast<uintptr_t>(at) ^ bits);
+}
+inline SharedAddress address_of(const void* shared) { return static_cast<const char*>(shared); }
+
+template <int kMatrices>
+void load_matrices(SharedAddress row, uint32_t (&words)[kMatrices]) {
+  static_assert(kMatrices == 2 || kMatrices == 4);
+  emulated::MatrixRow operands = {
+      emulated::aligned(reinterpret_cast<const uint4*>(row)), kMatrices, {}};
+  emulated::warp_wait(emulated::kLoadMatrices, ~0u, &operands);
+  memcpy(words, operands.words, sizeof words);
+}
+
 inline unsigned cluster_rank() {
   return emulated::cluster.cooperative ? 0 : emulated::current->block->rank;
 }
@@ -78,6 +101,9 @@ inline void cluster_sync() {
   emulated::barrier_wait(alone ? emulated::current->block->barrier : emulated::cluster.barrier,
                          "cluster_sync", 0);
 }
+inline void sync_some(unsigned threads) {
+  emulated::barrier_wait_some(emulated::current->block->part_barrier, "sync_some", threads);
+}
 inline void grid_sync() {
   if (!emulated::cluster.cooperative) emulated::fail("grid_sync in a launch that is not together");
   if (emulated::cluster.left) emulated::fail("grid_sync after a block has returned");
@@ -88,9 +114,16 @@ T* cluster_map(T* shared, unsigned rank) {
   return reinterpret_cast<T*>(emulated::cluster_map(reinterpret_cast<char*>(shared), rank));
 }
 
+inline float cluster_load(const float* shared, unsigned rank) {
+  return *cluster_map(const_cast<float*>(shared), rank);
+}
+
 // the bytes arrive with the wait; from here to there they are undefined
 inline void copy_async_16(void* shared, const void* global) {
   emulated::copy_async(shared, global);
+}
+inline void copy_async_16_or_zeros(void* shared, const void* global, bool read) {
+  emulated::copy_async(shared, read ? global : nullptr);
 }
 inline void copy_async_commit() {
   emulated::current->groups.push_back(emulated::current->uncommitted);
