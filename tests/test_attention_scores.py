@@ -523,6 +523,20 @@ def test_rows_of_large_and_small_logits(backend, tokens):
     torch.testing.assert_close(call(OP, inputs).sum().item(), 16.0, rtol=1e-4, atol=0)
 
 
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize(
+    "query, largest, scale",
+    (([0, 1], torch.finfo(torch.float32).max, 1.0), ([1, 0], 1e37, 0.0), ([1, 1], 1e37, -0.0)),
+    ids=str,
+)
+def test_the_largest_keys(backend, query, largest, scale):
+    """What is multiplied by 0, by the query or the scale, is 0; only infinity is not."""
+    query = torch.tensor([[[query]]], dtype=torch.float32)
+    key = torch.tensor([[[[largest, 1.0], [1.0, 1.0], [-largest, 1.0], [0.0, 1.0]]]])
+    inputs = backend.inputs({"query": query, "key": key, "scale": scale})
+    torch.testing.assert_close(call(OP, inputs).cpu(), torch.full((1, 4), 0.25))
+
+
 @pytest.mark.not_interpreted
 @pytest.mark.one_instruction_set
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)

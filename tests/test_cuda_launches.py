@@ -10,7 +10,13 @@ import torch
 
 import sma_fast
 from sma_fast import _native
-from sma_fast.testing import assert_same, assert_same_selection, call, guided_inputs
+from sma_fast.testing import (
+    assert_same,
+    assert_same_selection,
+    attention_inputs,
+    call,
+    guided_inputs,
+)
 
 pytestmark = pytest.mark.emulated
 
@@ -90,6 +96,20 @@ def test_rows_too_long_for_one_block_to_select(emulated, monkeypatch, tmp_path, 
 def test_one_launch_of_many_samples(emulated, monkeypatch, tmp_path):
     inputs = guided_inputs(batch=40, heads=2, queries=9, selected=4, tokens=30, width=16)
     assert launches(inputs, tmp_path / "launches", monkeypatch) == 1
+
+
+@pytest.mark.parametrize("reduce", ("mean", "none"))
+def test_many_rows_have_the_whole_gpu(emulated, monkeypatch, tmp_path, reduce):
+    """Not a cluster of the few blocks that hold the keys of a sample; the same bits in a batch."""
+    options = {"heads": 9, "queries": 240, "tokens": 1060, "head_reduce": reduce}
+    inputs = attention_inputs(HALF, batch=2, **options)
+    alone = inputs | {name: inputs[name][1:] for name in ("query", "key")}
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        found = call("attention_scores", alone)
+    assert len(blocks) == 1 and blocks[0] > 2
+    assert_same(call("attention_scores", inputs)[1:], found)
+    with sma_fast.use_backend("reference"):
+        torch.testing.assert_close(found, call("attention_scores", alone), rtol=1e-5, atol=1e-6)
 
 
 SHARED_ROWS = {  # what blocks that share a row choose by

@@ -25,11 +25,12 @@ __host__ __device__ constexpr T ceil_div(T whole, T part) {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kSharedAlignment = 128;  // bytes: addresses whose lower bits are flipped begin there
 
 #ifdef __CUDACC__
 
 __device__ inline char* shared_memory() {
-  extern __shared__ uint4 dynamic_shared_memory[];
+  extern __shared__ __align__(kSharedAlignment) uint4 dynamic_shared_memory[];
   return reinterpret_cast<char*>(dynamic_shared_memory);
 }
 

@@ -12,6 +12,8 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kGatherBytes = 64 << 10;  // that a block copies at a time, about
+constexpr int64_t kMostTurnGroups = 16;     // of heads, whose columns are summed apart
+constexpr int64_t kColumnsShare = 4;        // of the scratch memory one part is for these sums
 
 template <int kType>
 __global__ void __launch_bounds__(kTurnWarps* kWarp,
@@ -64,10 +66,19 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
       std::max<int64_t>(kMostParts / ceil_div<int64_t>(selected, kPartRows), 1);
   const int64_t split_keys = std::min(ceil_div(blocks, most_splits) * keys, a.tokens);
   const int64_t splits = ceil_div(a.tokens, split_keys);
-  const int64_t room = a.scratch_bytes / static_cast<int64_t>((splits + 1) * sizeof(RowSum));
-  // rows and heads of a turn do not depend on the batch, nor do the bits of sums
+  // rows, heads and groups of a turn do not depend on the batch, nor do the bits of sums
+  const auto column_bytes = static_cast<int64_t>(sizeof(float)) * a.tokens;
+  int64_t groups = 1;
+  while (groups < std::min(kMostTurnGroups, a.heads) &&
+         2 * groups * column_bytes <= a.scratch_bytes / kColumnsShare)
+    groups *= 2;
+  if (a.reduce == kNone) groups = 1;
+  const int64_t sample_columns = groups > 1 ? groups * column_bytes : 0;
+  const auto row_bytes = static_cast<int64_t>((splits + 1) * sizeof(RowSum));
+  const int64_t room = (a.scratch_bytes - sample_columns) / row_bytes;
   const int64_t rows = std::min(most_rows, room), heads = std::min(a.heads, room / rows);
-  const int64_t samples = heads == a.heads ? std::min(a.batch, room / rows / heads) : 1;
+  const int64_t sample_bytes = rows * heads * row_bytes + sample_columns;
+  const int64_t samples = heads == a.heads ? std::min(a.batch, a.scratch_bytes / sample_bytes) : 1;
   t.samples = static_cast<int>(samples);
   t.heads = static_cast<int>(heads);
   t.rows = static_cast<int>(rows);
@@ -75,8 +86,10 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   t.splits = static_cast<int>(splits);
   t.split_keys = static_cast<int>(split_keys);
   t.blocks = static_cast<int>(blocks);
+  t.groups = static_cast<int>(groups);
   t.whole = static_cast<RowSum*>(a.scratch);
   t.parts = t.whole + samples * heads * rows;
+  t.columns = reinterpret_cast<float*>(t.parts + samples * heads * splits * rows);
   return plan;
 }
 
@@ -95,7 +108,7 @@ int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& 
   if (bytes > plan.room) return kNotAtOnce;
   Turns& t = plan.turns;
   t.selects = selects;
-  const int64_t outputs = scores.reduce == kNone ? t.heads : 1;
+  const int64_t outputs = scores.reduce == kNone ? t.heads : t.groups;
   int64_t items =
       t.samples * std::max<int64_t>(t.heads * t.row_parts * t.splits, outputs * t.blocks);
   if (selects) items = INT32_MAX;  // all that the GPU runs at once gather

@@ -21,7 +21,7 @@ constexpr int kMostPassTiles = 3;     // of these, whose logits a warp has regis
 constexpr int kMostChunkSteps = 24;   // of all its row tiles
 constexpr int64_t kReservedShared = 1 << 10;  // bytes of each block's that CUDA takes
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLeastFactor = 1.17549435e-38f;  // not 0, which times -inf would be NaN
+constexpr float kLeastFactor = 1e-45f;  // not 0, which times -inf would be NaN
 
 constexpr int pass_tiles(int type, int key_tiles) {
   return type == kFloat32 && key_tiles > kFewTiles ? 2 : kMostPassTiles;

@@ -18,6 +18,7 @@ namespace cuda {
 // large, its rounding alone could leave the range of exp2: from here on other logits are rounded in
 // the same way, not fused. Parts of a row that differ in this differ by no more than that rounding.
 constexpr float kLargeBase = 1 << 12;
+constexpr uint32_t kBelowTf32 = 0x1FFF;  // bits of a float32 that tf32 lacks
 
 // Calls body with a number of row tiles, 1 to kMost, as one that the compiler knows.
 template <int kMost, class Body>
@@ -411,9 +412,12 @@ class Scorer {
       for (int i = 0; i < kWords; ++i) {
         const float x = __uint_as_float(words[i]);
         const bool is_finite = fabsf(x) < kInfinity;
-        high[i] = to_tf32(x);
+        // the largest are not rounded up, to infinity
+        const bool cuts = is_finite && fabsf(__uint_as_float(to_tf32(x))) == kInfinity;
+        high[i] = cuts ? words[i] & ~kBelowTf32 : to_tf32(x);
         finite[i] = is_finite ? high[i] : 0;
-        rest[i] = to_tf32(is_finite ? x - __uint_as_float(high[i]) : 0.0f);
+        const float left = is_finite ? x - __uint_as_float(high[i]) : 0.0f;
+        rest[i] = cuts ? __float_as_uint(left) & ~kBelowTf32 : to_tf32(left);
       }
     }
   };

@@ -13,6 +13,9 @@ namespace {
 
 constexpr int64_t kMostListed = 4096;     // queries of a sample, and heads
 constexpr unsigned kPortableCluster = 8;  // blocks, on every GPU that has clusters
+// Rows of all heads that a cluster takes: more are work for the whole GPU, though in turns every
+// exponential is made twice.
+constexpr int64_t kMostClusterRows = 2048;
 
 template <int kType, int kTiles>
 __global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWarp, 1)
@@ -91,7 +94,8 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   };
   if (apart) return plan_for(static_cast<unsigned>(a.heads), false);
   Plan plan = plan_for(1, false);
-  if (plan.warps == 0)
+  const int64_t rows = a.selected * (a.head_index == nullptr ? a.heads : 1);
+  if (plan.warps == 0 && rows <= kMostClusterRows)
     for (unsigned blocks = 2; plan.warps == 0 && blocks <= most_blocks; blocks *= 2)
       plan = plan_for(blocks, true);
   if (plan.warps == 0 || plan.shares_keys) return plan;

@@ -1,7 +1,8 @@
-// The scores of a batch of whose samples no cluster of blocks holds the keys. As many blocks as the
-// GPU runs at once go through three stages together: the sums of every row of attention, from parts
-// of the keys; these parts put together; and with them the sums of every column. Rows whose sums
-// are more than the scratch memory holds are taken in turns.
+// The scores of a batch of whose samples no cluster of blocks holds the keys, or whose rows are so
+// many that a cluster would take long. As many blocks as the GPU runs at once go through stages
+// together: the sums of every row of attention, from parts of the keys; these parts put together;
+// with them the sums of every column, from groups of heads where samples are few and short; and
+// these put together. Rows whose sums are more than the scratch memory holds are taken in turns.
 #pragma once
 #include "scores.h"
 
@@ -21,10 +22,12 @@ struct Turns {
   int row_parts;             // of kPartRows
   int splits, split_keys;    // parts of the keys, and keys of each
   int blocks;                // of keys
+  int groups;                // of the heads of a turn
   ScoreMemory memory;
-  bool selects;   // tokens too, by the scores
-  RowSum* whole;  // [sample][head][row]: sum is one over it
-  RowSum* parts;  // [sample][head][split][row]
+  bool selects;    // tokens too, by the scores
+  RowSum* whole;   // [sample][head][row]: sum is one over it
+  RowSum* parts;   // [sample][head][split][row]
+  float* columns;  // [sample][group][token], where there are groups
 };
 
 struct TurnShared {
@@ -70,6 +73,9 @@ class TurnScores {
   __device__ int rows() const { return min(t.rows, static_cast<int>(a.selected) - row); }
 
   __device__ bool apart() const { return a.reduce == kNone; }
+  __device__ bool in_groups() const { return !apart() && t.groups > 1; }
+  __device__ int groups() const { return apart() ? heads() : min(t.groups, heads()); }
+  __device__ int first_head_of(int group) const { return head + heads() * group / groups(); }
 
   __device__ void run_turn() {
     const int step = static_cast<int>(gridDim.x);
@@ -79,9 +85,12 @@ class TurnScores {
     grid_sync();
     join_parts();
     grid_sync();
-    const int items = samples() * (apart() ? heads() : 1) * t.blocks;
+    const int items = samples() * groups() * t.blocks;
     for (int i = static_cast<int>(blockIdx.x); i < items; i += step)
       sum_columns(i / t.blocks, i % t.blocks);
+    if (!in_groups()) return;
+    grid_sync();
+    add_groups();
   }
 
   __device__ RowList list_rows_of(int64_t b, int h) const {
@@ -180,12 +189,12 @@ class TurnScores {
     }
   }
 
-  // Adds this turn's rows to the columns of one block of keys.
+  // Adds this turn's rows of a group of heads to the columns of one block of keys.
   __device__ void sum_columns(int at, int block) {
     const int64_t first_key = int64_t{block} * t.memory.keys(warps());
-    const int64_t b = sample + (apart() ? at / heads() : at);
-    const int first_head = head + (apart() ? at % heads() : 0);
-    const int last_head = apart() ? first_head + 1 : head + heads();
+    const int64_t b = sample + at / groups();
+    const int first_head = first_head_of(at % groups()),
+              last_head = first_head_of(at % groups() + 1);
     Score scorer(a, t.memory, b, memory);
     scorer.take_keys(first_key, min(a.tokens, first_key + t.memory.keys(warps())));
     for (int h = first_head; h < last_head; ++h) {
@@ -211,12 +220,33 @@ class TurnScores {
       }
       __syncthreads();  // keys and queries are taken
     }
+    if (in_groups()) {
+      float* const sums = t.columns + int64_t{at} * a.tokens;
+      scorer.take_columns([&](int n, float sum) { sums[n] = sum; });
+    } else {
+      float* const scores = a.scores + (apart() ? b * a.heads + first_head : b) * a.tokens;
+      scorer.take_columns([&](int n, float sum) { add(&scores[n], sum); });
+    }
+  }
+
+  // Puts the columns of the groups together.
+  __device__ void add_groups() {
+    const int64_t step = int64_t{gridDim.x} * blockDim.x;
+    int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    for (; i < samples() * a.tokens; i += step) {
+      const float* sums = t.columns + i / a.tokens * groups() * a.tokens + i % a.tokens;
+      float sum = 0.0f;
+      for (int group = 0; group < groups(); ++group) sum += sums[group * a.tokens];
+      add(&a.scores[sample * a.tokens + i], sum);
+    }
+  }
+
+  // Adds a turn's sum to a score; the first turn begins it.
+  __device__ void add(float* score, float sum) const {
     float factor = 1.0f;
     if (a.reduce == kMean && a.head_index == nullptr) factor /= static_cast<float>(a.heads);
-    float* scores = a.scores + (apart() ? b * a.heads + first_head : b) * a.tokens;
     const bool adds = row > 0 || (!apart() && head > 0);
-    scorer.take_columns(
-        [&](int n, float sum) { scores[n] = (adds ? scores[n] : 0.0f) + sum * factor; });
+    *score = (adds ? *score : 0.0f) + sum * factor;
   }
 
   // whole: of the chunk's rows, of which there are `count`.
