@@ -21,7 +21,7 @@ struct AttentionScoresArgs {
   int reduce;
   float* scores;  // (B, N), or (B, H, N) for kNone
   int threads;
-  void* scratch;  // on a GPU, where a cluster of blocks cannot hold the keys of a sample
+  void* scratch;  // on a GPU, where neither a block nor a cluster of blocks takes a sample
   int64_t scratch_bytes;
 };
 

@@ -98,10 +98,9 @@ def test_one_launch_of_many_samples(emulated, monkeypatch, tmp_path):
     assert launches(inputs, tmp_path / "launches", monkeypatch) == 1
 
 
-@pytest.mark.parametrize("reduce", ("mean", "none"))
-def test_many_rows_have_the_whole_gpu(emulated, monkeypatch, tmp_path, reduce):
+def test_many_rows_have_the_whole_gpu(emulated, monkeypatch, tmp_path):
     """Not a cluster of the few blocks that hold the keys of a sample; the same bits in a batch."""
-    options = {"heads": 9, "queries": 240, "tokens": 1060, "head_reduce": reduce}
+    options = {"heads": 9, "queries": 240, "tokens": 1060}
     inputs = attention_inputs(HALF, batch=2, **options)
     alone = inputs | {name: inputs[name][1:] for name in ("query", "key")}
     with noted(tmp_path / "launches", monkeypatch) as blocks:

@@ -181,9 +181,9 @@ __device__ inline unsigned same_in_warp(unsigned x) { return __shfl_sync(kAllLan
 // The lane, read anew: what is made of it is made again too, and takes no register until then.
 __device__ inline unsigned lane_again() {
 #ifdef __CUDACC__
-  unsigned lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
+  unsigned again = lane();
+  asm volatile("" : "+r"(again));
+  return again;
 #else
   return lane();
 #endif

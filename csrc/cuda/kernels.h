@@ -24,8 +24,8 @@ struct Place {
 
 int attention_scores(const AttentionScoresArgs& a, const Place& place);
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
-// Both in one launch; without `selects` scores only. At once: where a cluster of blocks holds the
-// keys of a sample; in turns: where a block selects the tokens of one. Else kNotAtOnce.
+// Both in one launch; without `selects` scores only. At once: where a block, or a cluster of
+// blocks, takes a sample; in turns: where a block selects the tokens of one. Else kNotAtOnce.
 int masking_at_once(const SelfGuidedMaskingArgs& a, bool selects, const Place& place);
 int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& place);
 int random_masking(const RandomMaskingArgs& a, const Place& place);

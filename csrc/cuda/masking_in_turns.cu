@@ -1,5 +1,6 @@
 // self_guided_masking, and attention_scores, where neither a block nor a cluster of blocks holds
-// the keys of a sample: one launch in which all blocks wait for each other between the stages.
+// the keys of a sample, or a cluster's rows are too many: one launch in which all blocks wait for
+// each other between the stages.
 #include <algorithm>
 
 #include "kernels.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t kGatherBytes = 64 << 10;  // that a block copies at a time, about
 constexpr int64_t kMostTurnGroups = 16;     // of heads, whose columns are summed apart
-constexpr int64_t kColumnsShare = 4;        // of the scratch memory one part is for these sums
+constexpr int64_t kColumnsShare = 4;        // of the scratch memory, the most that these sums take
 
 template <int kType>
 __global__ void __launch_bounds__(kTurnWarps* kWarp,
@@ -72,7 +73,7 @@ TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   while (groups < std::min(kMostTurnGroups, a.heads) &&
          2 * groups * column_bytes <= a.scratch_bytes / kColumnsShare)
     groups *= 2;
-  if (a.reduce == kNone) groups = 1;
+  groups = a.reduce == kNone ? 1 : std::min(groups, a.heads);
   const int64_t sample_columns = groups > 1 ? groups * column_bytes : 0;
   const auto row_bytes = static_cast<int64_t>((splits + 1) * sizeof(RowSum));
   const int64_t room = (a.scratch_bytes - sample_columns) / row_bytes;

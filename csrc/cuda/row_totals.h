@@ -7,21 +7,20 @@
 namespace sma {
 namespace cuda {
 
-constexpr unsigned kMostBlocks = 16;  // of a cluster
-constexpr int kQuad = 4;              // lanes that share a row
+constexpr int kQuad = 4;  // lanes that share a row
 constexpr int kWarpsOfLane = kScoreWarps / kQuad;
 
 struct SumOfParts {
-  static constexpr float kNone = 0.0f;
+  static constexpr float kNeutral = 0.0f;
   static __device__ float of(float x, float y) { return x + y; }
 };
 struct MostOfParts {
-  static constexpr float kNone = -kInfinity;
+  static constexpr float kNeutral = -kInfinity;
   static __device__ float of(float x, float y) { return fmaxf(x, y); }
 };
 
-// Where parts lie in shared memory: of the row tiles of a chunk, and of two more; what follows
-// without another barrier of the block has another place.
+// Where parts lie in shared memory. A pass writes where the one before it may still be read, so
+// each row tile of a chunk has a place, and so have largest and sum where rows are taken carefully.
 constexpr int kPlaceMost = kMostRowTiles, kPlaceSum = kPlaceMost + 1;
 constexpr int kPlaces = kPlaceSum + 1;
 struct RowParts {
@@ -37,7 +36,7 @@ class RowTotals {
     // warps that are not there, or have no keys, stay at this
     for (unsigned i = threadIdx.x; i < kPlaces * kRowTile * kScoreWarps; i += blockDim.x)
       parts.of_warps[0][i] =
-          i / (kRowTile * kScoreWarps) == kPlaceMost ? MostOfParts::kNone : SumOfParts::kNone;
+          i / (kRowTile * kScoreWarps) == kPlaceMost ? MostOfParts::kNeutral : SumOfParts::kNeutral;
   }
 
   // Says whether this warp has any part; a barrier of the block. Of several blocks all warps do:
@@ -51,39 +50,40 @@ class RowTotals {
 
   // own[j][i]: this lane's part of row lane % 4 * 2 + i of row tile j. Returns the total of row
   // lane / 4 of each row tile. All warps that take part call it.
-  template <class Join, int kRows>
-  __device__ void put_together(int place, const float (&own)[kRows][2], float (&total)[kRows]) {
+  template <class Join, int kRowTiles>
+  __device__ void put_together(int place, const float (&own)[kRowTiles][2],
+                               float (&total)[kRowTiles]) {
     tell_warps<Join>(own, place);
     if (blocks == 1) {
       sync_some(threads);
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) total[j] = of_warps<Join>(place + j);
+      for (int j = 0; j < kRowTiles; ++j) total[j] = of_warps<Join>(place + j);
       return;
     }
     __syncthreads();
     float* const own_block = parts.of_blocks[parity];
 #pragma unroll 1
-    for (unsigned j = warp(); j < kRows; j += warps()) {
+    for (unsigned j = warp(); j < kRowTiles; j += warps()) {
       const float all = of_warps<Join>(place + static_cast<int>(j));
       if (lane() % kQuad == 0) own_block[j * kRowTile + row()] = all;
     }
     cluster_sync();
 #pragma unroll 1
-    for (unsigned j = warp(); j < kRows; j += warps()) {
+    for (unsigned j = warp(); j < kRowTiles; j += warps()) {
       const float all = of_blocks<Join>(&own_block[j * kRowTile + row()]);
       if (lane() % kQuad == 0) parts.of_all[j * kRowTile + row()] = all;
     }
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kRows; ++j) total[j] = parts.of_all[j * kRowTile + row()];
+    for (int j = 0; j < kRowTiles; ++j) total[j] = parts.of_all[j * kRowTile + row()];
     parity ^= 1;
   }
 
   // From a number for row lane / 4 of each row tile, those for rows lane % 4 * 2 and the next.
-  template <int kRows>
-  static __device__ void spread(const float (&total)[kRows], float (&own)[kRows][2]) {
+  template <int kRowTiles>
+  static __device__ void spread(const float (&total)[kRowTiles], float (&own)[kRowTiles][2]) {
 #pragma unroll
-    for (int j = 0; j < kRows; ++j)
+    for (int j = 0; j < kRowTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         own[j][i] = __shfl_sync(kAllLanes, total[j], (lane() % kQuad * 2 + i) * kQuad);
@@ -102,14 +102,14 @@ class RowTotals {
   static __device__ unsigned warp_place(unsigned pair_of_rows) { return warp() ^ pair_of_rows; }
 
   // In three steps the lanes that have parts of the same rows halve what each of them joins.
-  template <class Join, int kRows>
-  __device__ void tell_warps(const float (&own)[kRows][2], int place) {
-    static_assert(2 * kRows <= kRowTile, "a lane ends with one at most");
-    float part[2 * kRows];
+  template <class Join, int kRowTiles>
+  __device__ void tell_warps(const float (&own)[kRowTiles][2], int place) {
+    static_assert(2 * kRowTiles <= kRowTile, "a lane ends with one at most");
+    float part[2 * kRowTiles];
 #pragma unroll
-    for (int i = 0; i < 2 * kRows; ++i) part[i] = own[i / 2][i % 2];
+    for (int i = 0; i < 2 * kRowTiles; ++i) part[i] = own[i / 2][i % 2];
     int which = 0;
-    const bool any = halve<Join, 2 * kRows, kWarp / 2>(part, which);
+    const bool any = halve<Join, 2 * kRowTiles, kWarp / 2>(part, which);
     if (!any) return;
     const unsigned pair = lane_again() % kQuad;
     const int row = (place + which / 2) * kRowTile + static_cast<int>(pair) * 2 + which % 2;
@@ -123,7 +123,7 @@ class RowTotals {
     const bool upper = lane() & kOther;
 #pragma unroll
     for (int i = 0; i < kKeep; ++i) {
-      const float low = part[i], high = kKeep + i < kLeft ? part[kKeep + i] : Join::kNone;
+      const float low = part[i], high = kKeep + i < kLeft ? part[kKeep + i] : Join::kNeutral;
       part[i] = kLeft == 1 ? Join::of(low, __shfl_xor_sync(kAllLanes, low, kOther))
                            : Join::of(upper ? high : low,
                                       __shfl_xor_sync(kAllLanes, upper ? low : high, kOther));
@@ -152,7 +152,7 @@ class RowTotals {
 
   template <class Join>
   __device__ float of_blocks(const float* own) const {
-    float all = Join::kNone;
+    float all = Join::kNeutral;
 #pragma unroll 1
     for (unsigned block = lane() % kQuad; block < blocks; block += kQuad)
       all = Join::of(all, cluster_load(own, block));

@@ -3,10 +3,10 @@
 // Blocks share the heads where one can hold the keys of a sample, else the keys, which are read
 // from memory once. For every chunk of queries the warps turn their logits into exponentials, put
 // the sums of the rows together, and add the exponentials to their columns with the weight that
-// follows. Exponents are counted from 0; where the sum of a row shows that this will not do, the
-// chunk is taken again a row tile at a time, with exponents counted from the largest logit of each
-// row. Heads are added up in groups that do not depend on the number of blocks, and the groups in
-// their order, so neither do the bits of the result.
+// follows. Exponents are counted from 0; where the sum of a row shows that this will not do, its
+// row tiles are taken again one by one, with exponents counted from the largest logit of each row.
+// Heads are added up in groups that do not depend on the number of blocks, and the groups in their
+// order, so neither do the bits of the result.
 #pragma once
 #include "row_totals.h"
 #include "scores.h"
@@ -14,9 +14,11 @@
 namespace sma {
 namespace cuda {
 
-constexpr int kMostGroups = 8;  // of heads
+constexpr unsigned kMostBlocks = 16;  // of a cluster
+constexpr int kMostGroups = 8;        // of heads
 
-// Between these sums of a row its exponentials against 0 are as exact as those against the largest.
+// Sums of a row between which exponents are counted from 0: those above 1 / 2 of the largest are
+// then rounded by 2^-20 at most.
 constexpr float kLeastPlainSum = 0x1p-32f, kMostPlainSum = 0x1p32f;
 
 // How a sample is shared.
@@ -31,7 +33,7 @@ struct Plan {
   int64_t part;      // tokens of a block: of its selection and, where it shares keys, its keys
   ScoreMemory memory;
   // Where things lie in shared memory, behind the Scorer's.
-  size_t parts;     // RowParts
+  size_t totals;    // RowParts
   size_t progress;  // Progress [warp]
   size_t counts;    // int [warp]
   size_t rows;      // int [selected]: the queries of a head
@@ -47,13 +49,14 @@ struct alignas(16) Chunk {
 // How far a warp is. In shared memory: the registers are for logits.
 struct Progress {
   Chunk now, next;
+  int last_head;         // behind those of this block
   int group, group_end;  // which heads are added up now, and the head behind them
 };
 
 template <int kType, int kTiles>
 class SampleScores {
  public:
-  using Score = Scorer<kType, kTiles>;
+  using KeyScorer = Scorer<kType, kTiles, kScoreMajor == 0 || kScoreMajor >= 9>;
 
   __device__ SampleScores(const AttentionScoresArgs& args, const Plan& plan, int sample,
                           unsigned rank)
@@ -62,25 +65,29 @@ class SampleScores {
         b(sample),
         rank(rank),
         scorer(args, plan.memory, sample, shared_memory()),
-        totals(*at<RowParts>(plan.parts), plan.shares_keys ? plan.blocks : 1) {}
+        totals(*at<RowParts>(plan.totals), plan.shares_keys ? plan.blocks : 1) {}
 
   __device__ void run() {
     scorer.take_keys(first_key(),
                      plan.shares_keys ? min(a.tokens, first_key() + plan.part) : a.tokens);
     totals.begin(scorer.has_keys());
-    Chunk first = {first_head_of(first_group()) - 1, kNotListed, 0, 0, 0};
-    find_next(&first);
-    if (first.head < last_head()) stage(first, true);
     Progress& progress = at<Progress>(plan.progress)[warp()];
-    if (lane() == 0) progress = {first, first, first_group(), first_head_of(first_group() + 1)};
+    const int first_head = first_head_of(first_group());
+    const int behind = first_head_of(first_group() + plan.own_groups);
+    Chunk first = {first_head - 1, kNotListed, 0, 0, 0};
+    find_next(&first, behind);
+    if (first.head < behind) stage(first, true);
+    if (lane() == 0)
+      progress = {first, first, behind, first_group(), first_head_of(first_group() + 1)};
     __syncwarp();
-    end_heads(first_head_of(first_group()), first.head);
-    while (progress.now.head < last_head()) {
+    end_heads(first_head, first.head);
+    while (progress.now.head < progress.last_head) {
       copy_async_wait<0>();
       __syncthreads();
+      const int last_head = progress.last_head;
       Chunk next = progress.now;
-      find_next(&next);
-      const bool more = next.head < last_head();
+      find_next(&next, last_head);
+      const bool more = next.head < last_head;
       const bool other_keys = more && key_head(next.head) != key_head(progress.now.head);
       next.queries ^= 1;
       if (other_keys) next.keys = static_cast<short>(plan.memory.buffers - 1 - next.keys);
@@ -109,7 +116,7 @@ class SampleScores {
   const Plan& plan;
   const int b;
   const unsigned rank;  // of this block among those of the sample
-  Score scorer;
+  KeyScorer scorer;
   RowTotals totals;
 
   template <class T>
@@ -119,17 +126,16 @@ class SampleScores {
   __device__ int64_t first_key() const {
     return plan.shares_keys ? min(a.tokens, rank * plan.part) : 0;
   }
-  __device__ int last_head() const { return first_head_of(first_group() + plan.own_groups); }
   __device__ int key_head(int head) const {
     return plan.memory.sharing == 1 ? head : head / plan.memory.sharing;
   }
 
-  // Goes on to the next chunk that has rows; its head is last_head() where there is none.
-  __device__ void find_next(Chunk* chunk) {
+  // Goes on to the next chunk that has rows; its head is last_head where there is none.
+  __device__ void find_next(Chunk* chunk, int last_head) {
     int* const rows = at<int>(plan.rows);
     chunk->first += plan.memory.chunk_rows();
     while (chunk->first >= chunk->count) {
-      if (++chunk->head >= last_head()) return;
+      if (++chunk->head >= last_head) return;
       chunk->first = 0;
       if (a.head_index != nullptr || chunk->count == kNotListed)
         chunk->count =
@@ -148,7 +154,8 @@ class SampleScores {
   __device__ void add_rows(const Chunk& chunk) {
     if (!totals.takes_part()) return;
     const int rows = min(chunk.count - chunk.first, plan.memory.chunk_rows());
-    const int row_tiles = ceil_div(rows, kRowTile);
+    const auto row_tiles = static_cast<int>(ceil_div<unsigned>(rows, kRowTile));
+#pragma unroll 1
     for (int first = 0; first < row_tiles; first += kPassTiles) {
       const int count = min(row_tiles - first, kPassTiles);
       bool done = false;
@@ -160,23 +167,23 @@ class SampleScores {
     }
   }
 
-  // kRows: row tiles from `first` on, of a chunk of so many rows. False: nothing is added, the sum
-  // of a row is too large or too small. All warps, of all blocks, find the same.
-  template <int kRows>
+  // kRowTiles: row tiles from `first` on, of a chunk of so many rows. False: nothing is added, the
+  // sum of a row is too large or too small. All warps, of all blocks, find the same.
+  template <int kRowTiles>
   __device__ bool add_plainly(const Chunk& chunk, int first, int rows) {
-    typename Score::template Logits<kRows> e;
-    typename Score::template OfRows<kRows> sum, weight;
-    float total[kRows];
+    typename KeyScorer::template Logits<kRowTiles> e;
+    typename KeyScorer::template OfRows<kRowTiles> sum, weight;
+    float total[kRowTiles];
     scorer.logits(chunk.keys, chunk.queries, first, e);
     scorer.plain_exponentials(e, sum);
     totals.put_together<SumOfParts>(first, sum, total);
     bool is_plain = true;
 #pragma unroll
-    for (int j = 0; j < kRows; ++j)
+    for (int j = 0; j < kRowTiles; ++j)
       is_plain &= total[j] > kLeastPlainSum && total[j] < kMostPlainSum;
     if (!__all_sync(kAllLanes, is_plain)) return false;
 #pragma unroll
-    for (int j = 0; j < kRows; ++j)
+    for (int j = 0; j < kRowTiles; ++j)
       total[j] = is_row_of(first + j, rows) ? reciprocal_fast(total[j]) : 0.0f;
     totals.spread(total, weight);
     scorer.add(e, weight);
@@ -185,8 +192,8 @@ class SampleScores {
 
   // A row tile of a chunk of so many rows.
   __device__ void add_carefully(const Chunk& chunk, int row_tile, int rows) {
-    typename Score::template Logits<1> e;
-    typename Score::template OfRows<1> most, sum, weight;
+    typename KeyScorer::template Logits<1> e;
+    typename KeyScorer::template OfRows<1> most, sum, weight;
     float total[1];
     scorer.logits(chunk.keys, chunk.queries, row_tile, e);
     scorer.largest(e, most);
@@ -220,15 +227,21 @@ class SampleScores {
     for (; head < last; ++head) {
       if (head + 1 != progress.group_end) continue;
       const int group = progress.group;
-      float* sums = at<float>(plan.columns) - first_key() +
-                    (keeps_groups() ? (group - first_group()) * a.tokens : 0);
-      bool first = keeps_groups() || group == first_group();
       if (a.reduce == kNone) {
-        sums = a.scores + (int64_t{b} * a.heads + head) * a.tokens;
-        first = true;
+        float* const sums = a.scores + (int64_t{b} * a.heads + head) * a.tokens;
+        scorer.take_columns([&](int n, float sum) { sums[n] = sum; });
+      } else {
+        const bool first = keeps_groups() || group == first_group();
+        const int before =
+            keeps_groups() ? (group - first_group()) * static_cast<int>(a.tokens) : 0;
+        float* const sums = at<float>(plan.columns) + before;
+        const int begin = static_cast<int>(first_key());
+        if (first || scorer.has_keys())
+          scorer.take_columns([&](int n, float sum) {
+            float& all = sums[n - begin];
+            all = first ? sum : all + sum;
+          });
       }
-      if (first || scorer.has_keys())
-        scorer.take_columns([&](int n, float sum) { sums[n] = first ? sum : sums[n] + sum; });
       __syncwarp();
       if (lane() == 0) {
         progress.group = group + 1;

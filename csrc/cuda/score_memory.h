@@ -11,7 +11,7 @@ namespace cuda {
 
 constexpr int kRowTile = 8;           // queries of an mma
 constexpr int kKeyTile = 16;          // and its keys
-constexpr int kStepBytes = 64;        // of a row of features: 16 bytes for each of 4 lanes
+constexpr int kStepBytes = 64;        // of a row of features, which 4 lanes send for
 constexpr unsigned kScoreWarps = 16;  // of a block, at most
 constexpr unsigned kWideWarps = 8;    // the same where a warp takes more registers
 constexpr int kFewTiles = 4;          // of keys, of a warp,
@@ -37,8 +37,12 @@ constexpr unsigned score_blocks(int type, int key_tiles, int major, unsigned war
 #ifdef __CUDA_ARCH__
 constexpr int kScoreMajor = __CUDA_ARCH__ / 100;
 #else
-constexpr int kScoreMajor = 0;
+constexpr int kScoreMajor = 0;  // any: the emulator's
 #endif
+// Whether this code takes so many tiles at all: where it has all warps, it needs few.
+template <int kType, int kTiles>
+constexpr bool kIsTaken = kScoreMajor == 0 || kTiles == kFewTiles ||
+                          score_warps(kType, kFewTiles, kScoreMajor) < kScoreWarps;
 
 // How a block's shared memory is used.
 struct ScoreMemory {
@@ -66,8 +70,8 @@ struct ScoreMemory {
 
 // Whether all rows of a tensor (B, H, ., width) can be read 16 bytes at a time.
 inline bool in_words(const void* first, const int64_t (&strides)[4], int64_t width, int64_t size) {
-  const int64_t steps = (strides[0] | strides[1] | strides[2] | width) * size;
-  return strides[3] == 1 && ((reinterpret_cast<uintptr_t>(first) | steps) & 15) == 0;
+  const int64_t bits = (strides[0] | strides[1] | strides[2] | width) * size;
+  return strides[3] == 1 && ((reinterpret_cast<uintptr_t>(first) | bits) & 15) == 0;
 }
 
 // What `warps` warps can do with `room` bytes for so many keys; key_tiles is 0 where none fit.

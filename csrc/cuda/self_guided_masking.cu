@@ -13,14 +13,15 @@ namespace {
 
 constexpr int64_t kMostListed = 4096;     // queries of a sample, and heads
 constexpr unsigned kPortableCluster = 8;  // blocks, on every GPU that has clusters
-// Rows of all heads that a cluster takes: more are work for the whole GPU, though in turns every
-// exponential is made twice.
+// Rows of all heads that a cluster takes which shares keys: more are work for the whole GPU, though
+// in turns every exponential is made twice. Of the shape alone, as the bits of scores must be.
 constexpr int64_t kMostClusterRows = 2048;
 
 template <int kType, int kTiles>
 __global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWarp, 1)
     masking_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                    const __grid_constant__ Plan plan, bool selects) {
+  if constexpr (!kIsTaken<kType, kTiles>) return;
   const unsigned sample = blockIdx.x / plan.blocks, rank = blockIdx.x % plan.blocks;
   SampleScores<kType, kTiles>(a.attention, plan, static_cast<int>(sample), rank).run();
   if (!selects) return;
@@ -55,13 +56,17 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
                              room - static_cast<int64_t>(own));
   if (plan.memory.keys(warps) < keys) return plan;
   plan.warps = warps;
-  plan.parts = plan.memory.bytes(warps);
-  plan.progress = plan.parts + sizeof(RowParts);
+  plan.totals = plan.memory.bytes(warps);
+  plan.progress = plan.totals + sizeof(RowParts);
   plan.counts = plan.progress + sizeof(Progress) * kScoreWarps;
   plan.rows = plan.counts + sizeof(int) * kScoreWarps;
   plan.columns = plan.rows + sizeof(int) * a.selected;
-  plan.bytes = plan.parts + own;
+  plan.bytes = plan.totals + own;
+  // what is read behind the keys
+  const int64_t beyond = (plan.key_tiles - plan.memory.key_tiles) * kKeyTile * kStepBytes;
+  plan.bytes = std::max(plan.bytes, plan.totals + static_cast<size_t>(beyond));
   if (selects) plan.bytes = std::max(plan.bytes, select_sample_bytes(a.tokens));
+  if (static_cast<int64_t>(plan.bytes) > room) plan.warps = 0;
   return plan;
 }
 

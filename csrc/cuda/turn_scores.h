@@ -9,10 +9,10 @@
 namespace sma {
 namespace cuda {
 
-constexpr int kTurnRowTiles = 4;                     // of a chunk,
-constexpr int kAtOnce = 2;                           // and whose logits a warp keeps
-constexpr int kPartRows = kTurnRowTiles * kRowTile;  // whose sums a block makes at a time,
-constexpr int64_t kMostParts = 32;                   // in so many parts, of rows and of keys
+constexpr int kTurnRowTiles = 4;                     // of a chunk
+constexpr int kTurnPassTiles = 2;                    // of these, whose logits a warp keeps
+constexpr int kPartRows = kTurnRowTiles * kRowTile;  // whose sums a block makes at a time
+constexpr int64_t kMostParts = 32;                   // of the rows of a head, times those of keys
 constexpr int64_t kMostRows = 512;                   // of a head, in one turn: leaves more samples
 constexpr unsigned kTurnWarps = 8;                   // of a block, at most
 
@@ -59,7 +59,7 @@ class TurnScores {
   }
 
  private:
-  using Score = Scorer<kType, kFewTiles>;
+  using KeyScorer = Scorer<kType, kFewTiles, false>;
 
   const AttentionScoresArgs& a;
   const Turns& t;
@@ -102,7 +102,7 @@ class TurnScores {
     const int h = head + at % heads(), b = sample + at / heads();
     RowList of_head = list_rows_of(b, h);
     of_head.count = min(of_head.count, (part + 1) * kPartRows);
-    Score scorer(a, t.memory, b, memory);
+    KeyScorer scorer(a, t.memory, b, memory);
     const int begin = part * kPartRows;
     for (int first = begin; first < of_head.count; first += t.memory.chunk_rows()) {
       const int count = min(t.memory.chunk_rows(), of_head.count - first);
@@ -120,7 +120,8 @@ class TurnScores {
   }
 
   // Each lane keeps the sums of its keys until all have passed by.
-  __device__ void sum_chunk(Score& scorer, int key_head, int split, int row_tiles, bool is_first) {
+  __device__ void sum_chunk(KeyScorer& scorer, int key_head, int split, int row_tiles,
+                            bool is_first) {
     const int first_key = split * t.split_keys, keys = t.memory.keys(warps());
     const int last_key = static_cast<int>(min(a.tokens, int64_t{first_key} + t.split_keys));
     RowSum own[kTurnRowTiles][2];
@@ -137,9 +138,9 @@ class TurnScores {
       __syncthreads();
       if (scorer.has_keys()) {
 #pragma unroll
-        for (int tile = 0; tile < kTurnRowTiles; tile += kAtOnce)
+        for (int tile = 0; tile < kTurnRowTiles; tile += kTurnPassTiles)
           if (tile < row_tiles)
-            with_row_tiles<kAtOnce>(row_tiles - tile, [&](auto tiles) {
+            with_row_tiles<kTurnPassTiles>(row_tiles - tile, [&](auto tiles) {
               join_tiles<decltype(tiles)::value>(scorer, tile, &own[tile]);
             });
       }
@@ -154,15 +155,15 @@ class TurnScores {
       }
   }
 
-  template <int kRows>
-  static __device__ void join_tiles(const Score& scorer, int row_tile, RowSum (*own)[2]) {
-    typename Score::template Logits<kRows> e;
-    typename Score::template OfRows<kRows> most, sum;
+  template <int kRowTiles>
+  static __device__ void join_tiles(const KeyScorer& scorer, int row_tile, RowSum (*own)[2]) {
+    typename KeyScorer::template Logits<kRowTiles> e;
+    typename KeyScorer::template OfRows<kRowTiles> most, sum;
     scorer.logits(0, 0, row_tile, e);
     scorer.largest(e, most);
     scorer.exponentials(e, most, sum);
 #pragma unroll
-    for (int j = 0; j < kRows; ++j)
+    for (int j = 0; j < kRowTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) own[j][i] = join(own[j][i], {most[j][i], sum[j][i]});
   }
@@ -192,10 +193,10 @@ class TurnScores {
   // Adds this turn's rows of a group of heads to the columns of one block of keys.
   __device__ void sum_columns(int at, int block) {
     const int64_t first_key = int64_t{block} * t.memory.keys(warps());
-    const int64_t b = sample + at / groups();
+    const int b = sample + at / groups();
     const int first_head = first_head_of(at % groups()),
               last_head = first_head_of(at % groups() + 1);
-    Score scorer(a, t.memory, b, memory);
+    KeyScorer scorer(a, t.memory, b, memory);
     scorer.take_keys(first_key, min(a.tokens, first_key + t.memory.keys(warps())));
     for (int h = first_head; h < last_head; ++h) {
       const RowList of_head = list_rows_of(b, h);
@@ -213,8 +214,8 @@ class TurnScores {
         const int count = min(t.memory.chunk_rows(), of_head.count - first);
         const int row_tiles = ceil_div(count, kRowTile);
 #pragma unroll 1
-        for (int tile = 0; tile < row_tiles; tile += kAtOnce)
-          with_row_tiles<kAtOnce>(row_tiles - tile, [&](auto tiles) {
+        for (int tile = 0; tile < row_tiles; tile += kTurnPassTiles)
+          with_row_tiles<kTurnPassTiles>(row_tiles - tile, [&](auto tiles) {
             add_tiles<decltype(tiles)::value>(scorer, buffer, tile, whole + first, count);
           });
       }
@@ -224,7 +225,7 @@ class TurnScores {
       float* const sums = t.columns + int64_t{at} * a.tokens;
       scorer.take_columns([&](int n, float sum) { sums[n] = sum; });
     } else {
-      float* const scores = a.scores + (apart() ? b * a.heads + first_head : b) * a.tokens;
+      float* const scores = a.scores + (apart() ? int64_t{b} * a.heads + first_head : b) * a.tokens;
       scorer.take_columns([&](int n, float sum) { add(&scores[n], sum); });
     }
   }
@@ -232,12 +233,14 @@ class TurnScores {
   // Puts the columns of the groups together.
   __device__ void add_groups() {
     const int64_t step = int64_t{gridDim.x} * blockDim.x;
-    int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    for (; i < samples() * a.tokens; i += step) {
-      const float* sums = t.columns + i / a.tokens * groups() * a.tokens + i % a.tokens;
-      float sum = 0.0f;
-      for (int group = 0; group < groups(); ++group) sum += sums[group * a.tokens];
-      add(&a.scores[sample * a.tokens + i], sum);
+    for (int b = 0; b < samples(); ++b) {
+      const float* sums = t.columns + int64_t{b} * groups() * a.tokens;
+      float* const scores = a.scores + int64_t{sample + b} * a.tokens;
+      for (int64_t n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; n < a.tokens; n += step) {
+        float sum = 0.0f;
+        for (int group = 0; group < groups(); ++group) sum += sums[group * a.tokens + n];
+        add(&scores[n], sum);
+      }
     }
   }
 
@@ -250,13 +253,13 @@ class TurnScores {
   }
 
   // whole: of the chunk's rows, of which there are `count`.
-  template <int kRows>
-  static __device__ void add_tiles(Score& scorer, int buffer, int row_tile, const RowSum* whole,
+  template <int kRowTiles>
+  static __device__ void add_tiles(KeyScorer& scorer, int buffer, int row_tile, const RowSum* whole,
                                    int count) {
-    typename Score::template Logits<kRows> e;
-    typename Score::template OfRows<kRows> most, weight, sum;
+    typename KeyScorer::template Logits<kRowTiles> e;
+    typename KeyScorer::template OfRows<kRowTiles> most, weight, sum;
 #pragma unroll
-    for (int j = 0; j < kRows; ++j)
+    for (int j = 0; j < kRowTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = (row_tile + j) * kRowTile + static_cast<int>(lane() % 4 * 2) + i;
