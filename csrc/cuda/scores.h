@@ -27,8 +27,7 @@ __device__ void with_row_tiles(int count, const Body& body) {
 }
 
 // kType: of queries and keys; kTiles: of keys that a warp takes, at most; kPeels: the first step of
-// features is apart, which saves zeros to add to but takes registers. Then memory behind the keys
-// is read, as many tiles as a warp could take, not used.
+// features is apart, which saves zeros to add to but takes registers.
 template <int kType, int kTiles, bool kPeels>
 class Scorer : public StagedRows<kType, kTiles> {
  public:
@@ -222,7 +221,7 @@ class Scorer : public StagedRows<kType, kTiles> {
 
   // One step of all key tiles and row tiles, of numbers of 16 bits: two mma each, of which none
   // waits for the one before it. kFirst: there is nothing to add to, and no tile is left out, which
-  // would have to be zero.
+  // would have to be zero; for those that are not there the last one is taken again.
   template <bool kFirst, int kRowTiles>
   __device__ void multiply_narrow(const uint4* query, const uint4* key,
                                   Logits<kRowTiles>& logit) const {
@@ -247,7 +246,8 @@ class Scorer : public StagedRows<kType, kTiles> {
         }
       }
       const auto of_tile_of_keys = [&](int tile) {
-        load_matrices(flipped(k, half * kSecond) + 2 * tile * kWarp * kBytes, of_keys);
+        const int place = kFirst ? min(tile, m.key_tiles - 1) : tile;
+        load_matrices(flipped(k, half * kSecond) + 2 * place * kWarp * kBytes, of_keys);
         if (kFirst && half == 0) set_zero(logit[tile]);
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j) {

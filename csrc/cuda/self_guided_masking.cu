@@ -62,9 +62,6 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
   plan.rows = plan.counts + sizeof(int) * kScoreWarps;
   plan.columns = plan.rows + sizeof(int) * a.selected;
   plan.bytes = plan.totals + own;
-  // what is read behind the keys
-  const int64_t beyond = (plan.key_tiles - plan.memory.key_tiles) * kKeyTile * kStepBytes;
-  plan.bytes = std::max(plan.bytes, plan.totals + static_cast<size_t>(beyond));
   if (selects) plan.bytes = std::max(plan.bytes, select_sample_bytes(a.tokens));
   if (static_cast<int64_t>(plan.bytes) > room) plan.warps = 0;
   return plan;
