@@ -530,7 +530,7 @@ def test_rows_of_large_and_small_logits(backend, tokens):
     ids=str,
 )
 def test_the_largest_keys(backend, query, largest, scale):
-    """What is multiplied by 0, by the query or the scale, is 0; only infinity is not."""
+    """What is multiplied by 0, by the query or by the scale, is 0 however large it is."""
     query = torch.tensor([[[query]]], dtype=torch.float32)
     key = torch.tensor([[[[largest, 1.0], [1.0, 1.0], [-largest, 1.0], [0.0, 1.0]]]])
     inputs = backend.inputs({"query": query, "key": key, "scale": scale})
