@@ -98,6 +98,18 @@ def test_one_launch_of_many_samples(emulated, monkeypatch, tmp_path):
     assert launches(inputs, tmp_path / "launches", monkeypatch) == 1
 
 
+def test_many_rows_of_a_head_are_shared(emulated, monkeypatch, tmp_path):
+    """A few samples have all blocks there is room for, and the same bits as one of many."""
+    inputs = attention_inputs(HALF, batch=5, heads=17, queries=130, tokens=70)
+    alone = inputs | {name: inputs[name][4:] for name in ("query", "key")}
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        found = call("attention_scores", alone)
+    assert blocks == [8]  # two on each of the emulator's multiprocessors
+    assert_same(call("attention_scores", inputs)[4:], found)
+    with sma_fast.use_backend("reference"):
+        torch.testing.assert_close(found, call("attention_scores", alone), rtol=1e-5, atol=1e-6)
+
+
 def test_many_rows_have_the_whole_gpu(emulated, monkeypatch, tmp_path):
     """Not a cluster of the few blocks that hold the keys of a sample; the same bits in a batch."""
     options = {"heads": 9, "queries": 240, "tokens": 1060}

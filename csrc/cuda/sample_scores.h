@@ -15,7 +15,8 @@ namespace sma {
 namespace cuda {
 
 constexpr unsigned kMostBlocks = 16;  // of a cluster
-constexpr int kMostGroups = 8;        // of heads
+constexpr int kMostGroups = 16;       // of heads
+constexpr int kFewGroups = 8;         // where they have few rows
 
 // Sums of a row between which exponents are counted from 0: those above 1 / 2 of the largest are
 // then rounded by 2^-20 at most.

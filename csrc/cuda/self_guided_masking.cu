@@ -12,6 +12,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kMostListed = 4096;     // queries of a sample, and heads
+constexpr int64_t kManyRows = 128;        // of a head: beside them, the end of a group is little
 constexpr unsigned kPortableCluster = 8;  // blocks, on every GPU that has clusters
 // Rows of all heads that a cluster takes which shares keys: more are work for the whole GPU, though
 // in turns every exponential is made twice. Of the shape alone, as the bits of scores must be.
@@ -75,8 +76,10 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
                                : limits.major >= 9   ? kPortableCluster
                                                      : 1;
   const bool apart = a.reduce == kNone;
+  const bool many_rows = a.head_index == nullptr && a.selected >= kManyRows;
+  const int most_groups = many_rows ? kMostGroups : kFewGroups;
   int groups = 1;
-  while (groups < kMostGroups && groups * 2 <= a.heads) groups *= 2;
+  while (groups < most_groups && groups * 2 <= a.heads) groups *= 2;
   if (apart) groups = static_cast<int>(a.heads);
   const auto blocks_of = [&](const Plan& plan) {  // of a multiprocessor
     return score_blocks(a.dtype, plan.key_tiles, limits.major, plan.warps);
@@ -103,7 +106,7 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   if (plan.warps == 0 || plan.shares_keys) return plan;
   // few samples: as many blocks for each as the GPU has room for
   const int64_t at_once = limits.multiprocessors * int64_t{blocks_of(plan)};
-  const unsigned most = std::min<unsigned>(std::min(most_blocks, kPortableCluster), groups);
+  const auto most = std::min(most_blocks, static_cast<unsigned>(groups));
   for (unsigned blocks = 2; blocks <= most; blocks *= 2) {
     const Plan more = plan_for(blocks, false);
     if (more.warps == 0 || a.batch * blocks > at_once) break;
