@@ -30,7 +30,7 @@ _ROWS = (*_SCORES, torch.float64)
 
 _LARGE = 1 << 20  # bytes: from here on outputs come from the module, which keeps freed blocks
 _SCRATCH = 1 << 20  # bytes on a GPU, whatever the sizes
-_WIDE_HEAD = 1440  # bytes: of wider ones shared memory holds the keys of few warps
+_WIDE_HEAD = 1440  # bytes: few keys of wider ones fit into a GPU's shared memory
 _FEW_IDS = 4096  # of a sample: each block of CUDA's backward passes looks at all of them
 _DLPACK = {  # type code and bits, as DLPack counts them
     torch.float32: (2, 32),

@@ -18,8 +18,8 @@ constexpr unsigned kMostBlocks = 16;  // of a cluster
 constexpr int kMostGroups = 16;       // of heads
 constexpr int kFewGroups = 8;         // where they have few rows
 
-// Sums of a row between which exponents are counted from 0: those above 1 / 2 of the largest are
-// then rounded by 2^-20 at most.
+// Sums of a row between which exponents are counted from 0: the largest one is then between -46 (of
+// 16,384 equal ones) and 32, and rounded by 2^-19 at most.
 constexpr float kLeastPlainSum = 0x1p-32f, kMostPlainSum = 0x1p32f;
 
 // How a sample is shared.
@@ -33,7 +33,7 @@ struct Plan {
   bool shares_keys;  // else heads
   int64_t part;      // tokens of a block: of its selection and, where it shares keys, its keys
   ScoreMemory memory;
-  // Where things lie in shared memory, behind the Scorer's.
+  // Where things lie in shared memory, behind queries and keys.
   size_t totals;    // RowParts
   size_t progress;  // Progress [warp]
   size_t counts;    // int [warp]
