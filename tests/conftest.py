@@ -5,6 +5,7 @@ kernels run in an emulator where there is no GPU (tests/emulation.py).
 """
 
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -51,7 +52,7 @@ NO_FLOAT16_IF_INTERPRETED = [
     for dtype in DTYPES
 ]
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    interpreter.replace_once()
+    interpreter.hasten()
 
 OUTCOME = pytest.StashKey[str]()  # of a test's body: "passed", "failed" or "skipped"
 # a machine for kernels alone need not have the [train] extra
@@ -210,6 +211,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.get_closest_marker("not_interpreted") and item.get_closest_marker("interpreted")
         )
     ]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is there until the end, through which every collection would look again
+    gc.set_threshold(*gc.get_threshold()[:2], 100)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)

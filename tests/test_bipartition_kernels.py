@@ -10,7 +10,7 @@ from torch import Tensor
 from sma_fast import _dispatch, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.on_gpu
+pytestmark = [pytest.mark.emulated, pytest.mark.on_gpu]
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
-"""What the fixtures of conftest.py do with a test that runs no op."""
+"""What conftest.py's fixtures do with a test that runs no op."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-
-import pytest
 
 TESTS = Path(__file__).parent
 
@@ -40,17 +37,3 @@ def test_a_test_that_forces_a_backend_must_run_it(tmp_path):
     done = run_pytest("-p", "conftest", str(file), PYTHONPATH=path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "AssertionError: no op ran on reference" in done.stdout
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreted")
-def test_the_interpreter_replaces_once() -> None:
-    """What takes it most of its time: see interpreter.py."""
-    triton_interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if not hasattr(triton_interpreter, "_patch_lang"):
-        pytest.skip("another Triton")
-    import triton.language as tl
-
-    kernel = SimpleNamespace(__globals__={"tl": tl})
-    for _ in range(2):
-        triton_interpreter._patch_lang(kernel).restore()
-        assert tl.load.__module__ == "triton.runtime.interpreter"

@@ -7,7 +7,6 @@
 #include "kernels.h"
 
 #ifdef __CUDACC__
-#include <cooperative_groups.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #else
@@ -164,9 +163,6 @@ __device__ inline float cluster_load(const float* shared, unsigned) { return *sh
 __device__ inline void sync_some(unsigned threads) {
   asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
 }
-
-// All blocks of a grid that is launched together wait for each other, and see what was written.
-__device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 #endif  // __CUDACC__
 

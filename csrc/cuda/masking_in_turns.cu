@@ -3,6 +3,7 @@
 // each other between the stages.
 #include <algorithm>
 
+#include "grid_sync.h"
 #include "kernels.h"
 #include "rows.h"
 #include "select.h"

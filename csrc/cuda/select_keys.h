@@ -4,6 +4,7 @@
 // keys are made from the scores each time, and what is known of a token lies in the mask.
 #pragma once
 #include "../args.h"
+#include "grid_sync.h"
 #include "numbers.h"
 
 namespace sma {

@@ -4,6 +4,7 @@
 // with them the sums of every column, from groups of heads where samples are few and short; and
 // these put together. Rows whose sums are more than the scratch memory holds are taken in turns.
 #pragma once
+#include "grid_sync.h"
 #include "scores.h"
 
 namespace sma {
