@@ -117,7 +117,7 @@ def rows(only: str = "", wanted: list[str] | None = None) -> Iterator[Row]:
     """
     wanted = wanted or architectures(find_nvcc())
     ready = built()
-    for architecture in set(wanted) & set(ready):
+    for architecture in filter(ready.get, wanted):
         for name, usage in ready[architecture].items():
             if only in name:
                 yield Row(name, f"sm_{architecture}", usage)

@@ -159,7 +159,7 @@ def _cases() -> dict[str, list[tuple]]:
     map_ = empty(2, 8, 256, 1024, dtype=half)
     no_share, none = (0.0, None), None
     scores, long, longer = empty(2, 1024), empty(2, 16384), empty(2, 65536)
-    by_ratio = (0.15, none, none, none)
+    by_ratio, by_row = (0.15, none, none, none), (none, none, ids(2), none)
     return {
         "attention_scores": [
             (query, key, index, none, none, 0.125, "mean"),
@@ -185,6 +185,9 @@ def _cases() -> dict[str, list[tuple]]:
             (scores, none, none, *by_ratio, *no_share),
             (scores, padding, scores, *by_ratio, 0.5, none),
             (empty(2, 4096), none, none, none, 512, none, none, *no_share),
+            (scores.to(half), padding, none, *by_row, *no_share),
+            (long.half(), long > 0, long, *by_row, 0.5, none),
+            (longer.half(), longer > 0, none, *by_row, *no_share),
             (empty(2, 8192), none, empty(2, 8192), *by_ratio, 0.0, 0.5),
             (long, none, long, *by_ratio, 0.5, none),
             (long, none, none, *by_ratio, *no_share, empty(2, 16384, dtype=torch.uint8)),

@@ -2,7 +2,8 @@
 
 Where one program can hold a head's keys they are read once: the logits of a few rows at a time stay
 in registers. Longer ones are read for the largest logits and the sums of up to 64 rows at a time,
-by programs that take a part of the keys each, then for the columns; where these statistics are more
+by programs that take a part of the keys each, then for the columns (features of wide heads are not
+kept, but read again for every few rows); where these statistics are more
 than the scratch memory holds, rows take turns. Rows are added up, then heads, then turns, in one
 order: the same bits every time, whatever the batch.
 """

@@ -57,7 +57,7 @@ def how_many(
         count = number + valid * 0
     else:
         count = tl.load(row_numbers + row).to(tl.int64)
-        count = tl.minimum(tl.maximum(count, 0), width).to(tl.int32)
+        count = tl.maximum(tl.minimum(count, tl.minimum(valid, width)), 0).to(tl.int32)
     count = tl.minimum(count, valid)
     first = count
     if RANDOM == 1:

@@ -3,7 +3,7 @@
 An entry is a tuple of classes: the first whose "up_to" reaches the size at hand is taken, and the
 last where none does. DEFAULT is set by hand. MEASURED, by architecture, comes before it there and
 is written by `python -m bench.tune --write` on that GPU; MEASURED_ON says when and with what.
-Nothing is tuned in a user's program.
+Nothing is tuned in a user's program. bipartition has none: its row decides.
 """
 
 # by the tokens of a row, which one program holds in registers: more warps sort sooner, but wait

@@ -30,7 +30,7 @@ from torch.utils.dlpack import from_dlpack
 import sma_fast
 from sma_fast import _dispatch, _native, reference
 from sma_fast._schema import SCHEMAS
-from sma_fast.testing import DTYPES, NATIVE_DTYPES, OPS, assert_same, bits, call, guarded, to_device
+from sma_fast.testing import NATIVE_DTYPES, OPS, assert_same, bits, call, guarded, to_device
 
 hypothesis.settings.register_profile(
     "sma_fast",
@@ -45,11 +45,6 @@ hypothesis.settings.load_profile("sma_fast")
 # for what is tested in all types elsewhere: Triton's interpreter takes float32 only
 FLOAT32_IF_INTERPRETED = [NATIVE_DTYPES[0]] + [
     pytest.param(dtype, marks=pytest.mark.not_interpreted) for dtype in NATIVE_DTYPES[1:]
-]
-# where half types only differ in how they are read: bfloat16 stands for both
-NO_FLOAT16_IF_INTERPRETED = [
-    pytest.param(dtype, marks=pytest.mark.not_interpreted) if dtype == torch.float16 else dtype
-    for dtype in DTYPES
 ]
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     interpreter.hasten()

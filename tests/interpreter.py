@@ -58,7 +58,8 @@ def _by_name(find: Callable) -> Callable:
 def refuse_overflow(self: Any, lhs: Any, rhs: Any, operation: Callable) -> None:
     """Asserts that a sum, difference or product of signed integers is in the range of its type."""
     dtype = lhs.type.scalar
-    if not dtype.is_int_signed() or dtype.int_bitwidth not in (8, 16, 32):
+    checked = dtype.is_int_signed() and dtype.int_bitwidth in (8, 16, 32)
+    if not checked or not self.builder.options.sanitize_overflow:
         return
     exact = EXACT[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
     least, most = dtype.get_int_min_value(), dtype.get_int_max_value()

@@ -473,7 +473,7 @@ def test_unchecked_index_out_of_range_adds_nothing(unchecked_reference, bad):
     ids=str,
 )
 def test_keys_too_long_to_be_held_at_once(backend, options):
-    """On a GPU these are read twice."""
+    """Triton reads these twice, CUDA too before sm_90."""
     inputs = attention_inputs(queries=40, tokens=2100, width=16, **options)
     inputs = backend.inputs(inputs)
     expected = backend.expected(OP, inputs)

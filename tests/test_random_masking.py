@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import FLOAT32_IF_INTERPRETED, NO_FLOAT16_IF_INTERPRETED
+from conftest import FLOAT32_IF_INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +57,7 @@ def test_literal(backend, name):
     assert [x.dtype for x in result] == [torch.float32, torch.float32, torch.int64]
 
 
-@pytest.mark.parametrize("dtype", NO_FLOAT16_IF_INTERPRETED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[OP], ids=str)
 def test_cases(backend, case, dtype):
     backend.assert_same_as_oracle(OP, case.build(dtype))

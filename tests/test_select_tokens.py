@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import NO_FLOAT16_IF_INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -209,7 +208,7 @@ def test_literal(backend, name):
     assert [x.dtype for x in selection] == [torch.bool, *3 * [torch.int64], *2 * [torch.int32]]
 
 
-@pytest.mark.parametrize("dtype", NO_FLOAT16_IF_INTERPRETED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[OP], ids=str)
 def test_cases(backend, case, dtype):
     inputs = case.build(dtype)

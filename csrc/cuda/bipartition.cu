@@ -14,8 +14,6 @@ namespace sma {
 namespace cuda {
 namespace {
 
-constexpr unsigned kMostBlocks = 8;  // of a cluster, on every GPU that has clusters
-
 template <class T, bool kStay>
 class Cut : CutMatrix<T, kStay> {
  public:
@@ -135,7 +133,7 @@ int bipartition_of(const BipartitionArgs& a, const Place& place) {
   const DeviceLimits limits = limits_of(place.device);
   const int64_t room = limits.shared_bytes;
   // the fewest blocks that hold a sample, whatever the batch: the order of sums depends on it
-  for (unsigned blocks = 1; blocks <= (limits.major >= 9 ? kMostBlocks : 1); blocks *= 2) {
+  for (unsigned blocks = 1; blocks <= (limits.major >= 9 ? kPortableCluster : 1); blocks *= 2) {
     const int64_t share = ceil_div<int64_t>(Slabs<T, true>::count_of(a.width), blocks);
     if (CutMatrix<T, true>::memory(a.tokens, blocks, share).bytes <= room)
       return launch_cut<T, true>(a, blocks, share, place);

@@ -43,7 +43,8 @@ DeviceLimits ask(int device) {
                                    device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, asked_kernel);
   limits.major = code.ptxVersion / 10;
-  if (error == cudaSuccess && limits.major >= 9) limits.large_clusters = can_cluster(limits, 16);
+  if (error == cudaSuccess && limits.major >= 9)
+    limits.large_clusters = can_cluster(limits, kLargeCluster);
   return limits;
 }
 

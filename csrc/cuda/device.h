@@ -23,6 +23,8 @@ __host__ __device__ constexpr T ceil_div(T whole, T part) {
 }
 
 constexpr int kWarp = 32;
+constexpr unsigned kPortableCluster = 8;  // blocks, on every GPU that has clusters
+constexpr unsigned kLargeCluster = 16;    // blocks, on those with `large_clusters`
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kSharedAlignment = 128;  // bytes: addresses whose lower bits are flipped begin there
 
@@ -211,7 +213,7 @@ struct Grid {
 // there: an older one than the device's where the driver compiled it from PTX.
 struct DeviceLimits {
   int multiprocessors, shared_bytes, major;
-  bool large_clusters;  // of 16 blocks
+  bool large_clusters;  // of kLargeCluster blocks
   cudaError_t error;
 };
 DeviceLimits limits_of(int device);

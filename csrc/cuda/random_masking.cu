@@ -13,7 +13,6 @@ namespace cuda {
 namespace {
 
 constexpr unsigned kMostThreads = 512;     // of a block that selects and copies
-constexpr int64_t kMostBlocks = 8;         // of a cluster, on every GPU that has them
 constexpr int64_t kPartBytes = 16 << 10;   // that a block copies at least where samples are shared,
 constexpr int64_t kMostBytes = 128 << 10;  // and at most where they leave multiprocessors idle
 constexpr int64_t kPartRows = 1024;        // that a block of the second launch copies at most
@@ -150,7 +149,7 @@ int copy_visible(const RandomMaskingArgs& a, const Place& place) {
 int64_t blocks_of_sample(const GatherTokensArgs& a, const DeviceLimits& limits) {
   int64_t blocks = 1;
   if (limits.major < 9) return blocks;
-  while (blocks < kMostBlocks && a.batch * blocks * 2 <= limits.multiprocessors &&
+  while (blocks < kPortableCluster && a.batch * blocks * 2 <= limits.multiprocessors &&
          a.visible * a.row_bytes >= blocks * 2 * kPartBytes)
     blocks *= 2;
   return blocks;

@@ -14,9 +14,8 @@
 namespace sma {
 namespace cuda {
 
-constexpr unsigned kMostBlocks = 16;  // of a cluster
-constexpr int kMostGroups = 16;       // of heads
-constexpr int kFewGroups = 8;         // where they have few rows
+constexpr int kMostGroups = 16;  // of heads
+constexpr int kFewGroups = 8;    // where they have few rows
 
 // Sums of a row between which exponents are counted from 0: the largest one is then between -46 (of
 // 16,384 equal ones) and 32, and rounded by 2^-19 at most.
@@ -253,8 +252,7 @@ class SampleScores {
   }
 
   __device__ void write_sums() {
-    float factor = 1.0f;
-    if (a.reduce == kMean && a.head_index == nullptr) factor /= static_cast<float>(a.heads);
+    const float share = head_share(a);
     float* scores = a.scores + int64_t{b} * a.tokens;
     const int64_t begin = rank * plan.part, end = min(a.tokens, begin + plan.part);
     cluster_sync();
@@ -273,7 +271,7 @@ class SampleScores {
         for (int group = 0; group < kMostGroups; ++group)
           if (group < plan.groups) total += sums[group];
       } else total = at<float>(plan.columns)[n - first_key()];
-      scores[n] = total * factor;
+      scores[n] = total * share;
     }
   }
 };

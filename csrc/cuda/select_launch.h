@@ -9,9 +9,7 @@
 namespace sma {
 namespace cuda {
 
-constexpr int64_t kMostCluster = 8;     // blocks that every GPU with clusters can bring together,
-constexpr int64_t kLargeCluster = 16;   // and that some can
-constexpr int64_t kLargePart = 16384;   // tokens of a block above which these are better
+constexpr int64_t kLargePart = 16384;   // tokens of a block above which large clusters are better
 constexpr int64_t kMostTeam = 32;       // blocks of a grid for a row: a lane reads what each found
 constexpr unsigned kTeamThreads = 512;  // of such a block, at most: it takes more registers
 constexpr int64_t kLeastPart = 4096;    // tokens of a block that shares a row
@@ -66,11 +64,11 @@ inline int64_t blocks_of_row(const SelectTokensArgs& a, const DeviceLimits& limi
       blocks = std::min({kMostTeam, a.tokens / kLeastPart, limits.multiprocessors / a.batch});
     return std::max(blocks, int64_t{1});
   }
-  while (blocks < kMostCluster && a.tokens > blocks * most_held) blocks *= 2;
-  while (blocks < kMostCluster && a.batch * blocks * 2 <= limits.multiprocessors &&
+  while (blocks < kPortableCluster && a.tokens > blocks * most_held) blocks *= 2;
+  while (blocks < kPortableCluster && a.batch * blocks * 2 <= limits.multiprocessors &&
          a.tokens >= blocks * kLeastPart)
     blocks *= 2;
-  const bool large = a.tokens > kMostCluster * kLargePart;
+  const bool large = a.tokens > kPortableCluster * kLargePart;
   return large && limits.large_clusters ? kLargeCluster : blocks;
 }
 

@@ -11,9 +11,8 @@ namespace sma {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostListed = 4096;     // queries of a sample, and heads
-constexpr int64_t kManyRows = 128;        // of a head: beside them, the end of a group is little
-constexpr unsigned kPortableCluster = 8;  // blocks, on every GPU that has clusters
+constexpr int64_t kMostListed = 4096;  // queries of a sample, and heads
+constexpr int64_t kManyRows = 128;     // of a head: beside them, the end of a group is little
 // Rows of all heads that a cluster takes which shares keys: more are work for the whole GPU, though
 // in turns every exponential is made twice. Of the shape alone, as the bits of scores must be.
 constexpr int64_t kMostClusterRows = 2048;
@@ -72,7 +71,7 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
 // not depend on the batch. `selects`: tokens are selected and gathered too.
 Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool selects) {
   if (std::max(a.selected, a.heads) > kMostListed) return {};
-  const unsigned most_blocks = limits.large_clusters ? kMostBlocks
+  const unsigned most_blocks = limits.large_clusters ? kLargeCluster
                                : limits.major >= 9   ? kPortableCluster
                                                      : 1;
   const bool apart = a.reduce == kNone;

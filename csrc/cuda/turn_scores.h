@@ -247,10 +247,8 @@ class TurnScores {
 
   // Adds a turn's sum to a score; the first turn begins it.
   __device__ void add(float* score, float sum) const {
-    float factor = 1.0f;
-    if (a.reduce == kMean && a.head_index == nullptr) factor /= static_cast<float>(a.heads);
     const bool adds = row > 0 || (!apart() && head > 0);
-    *score = (adds ? *score : 0.0f) + sum * factor;
+    *score = (adds ? *score : 0.0f) + sum * head_share(a);
   }
 
   // whole: of the chunk's rows, of which there are `count`.

@@ -53,7 +53,7 @@ def shared_library(name: str, sources: dict[Path, list[str]], headers: list[Path
 
     An object is compiled again where its source or any header changed.
     """
-    sources = sources | {path: ["-O3", "-march=native"] for path in sorted(HERE.glob("*.cpp"))}
+    sources = sources | {path: ["-O3"] for path in sorted(HERE.glob("*.cpp"))}
     version = subprocess.run([*COMPILER, "--version"], capture_output=True, text=True).stdout
     common = repr((COMPILER, FLAGS, version)).encode()
     for path in sorted([*headers, *HERE.glob("*.h")]):

@@ -14,6 +14,7 @@
 #include <mutex>
 #include <new>
 #include <numeric>
+#include <stdexcept>
 
 #include "faults.h"
 
@@ -178,7 +179,9 @@ char* stack(size_t index) {
     if (memory == MAP_FAILED) throw std::bad_alloc();
     for (size_t i = 0; i < kChunk; ++i) {
       stacks.push_back(static_cast<char*>(memory) + i * kStack);
-      mprotect(stacks.back(), kPage, PROT_NONE);
+      if (mprotect(stacks.back(), kPage, PROT_NONE) != 0)
+        throw std::runtime_error(
+            "too many threads at once for this system: raise vm.max_map_count");
     }
   }
   return stacks[index];
