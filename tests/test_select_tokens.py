@@ -325,6 +325,14 @@ def test_long_rows(backend, name, ratio, batch, tokens):
     assert_same_selection(call(OP, inputs), backend.expected(OP, inputs))
 
 
+@pytest.mark.one_instruction_set
+def test_rows_of_a_million_tokens(backend):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(1 << 16, (1, 1 << 20), generator=generator).float()  # many ties
+    inputs = {"scores": scores.to(backend.device), "mask_ratio": 0.6}
+    assert_same_selection(call(OP, inputs), backend.expected(OP, inputs))
+
+
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("batch, tokens", ((16, 700), (2, 20_001)))
 @pytest.mark.parametrize("share", ({}, {"random_fraction": 0.5}, {"pool_ratio": 0.6}), ids=str)
