@@ -210,7 +210,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is there until the end, through which every collection would look again
-    gc.set_threshold(*gc.get_threshold()[:2], 100)
+    gc.set_threshold(*gc.get_threshold()[:2], 100)  # and less often through what comes later
 
 
 def pytest_sessionfinish() -> None:

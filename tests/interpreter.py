@@ -2,8 +2,8 @@
 
 For each call of a function in a kernel it replaces the language's functions by those that it runs:
 here they stay in place, as they do behind such a call anyway, and are replaced once a process. For
-each sum, difference and product of integers it makes seven tensors to look for an overflow, and
-then does not look: here two numpy calls do.
+each sum, difference and product of integers it makes further tensors to look for an overflow, and
+then does not look: here numpy does, and fails where there is one.
 """
 
 from collections.abc import Callable

@@ -117,7 +117,7 @@ class Run:
 
 
 def _run(arguments, files, dies, environment, largest_file) -> None:
-    gc.freeze()  # all that was imported before the fork: looking through it takes half of the time
+    gc.freeze()  # what was imported before the fork, through which every collection would look
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)

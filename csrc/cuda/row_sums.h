@@ -60,5 +60,10 @@ __device__ inline RowList list_rows(const AttentionScoresArgs& a, int64_t b, int
   return {rows, total};
 }
 
+// What scores that were summed over all heads are multiplied by.
+__device__ inline float head_share(const AttentionScoresArgs& a) {
+  return a.reduce == kMean && a.head_index == nullptr ? 1.0f / static_cast<float>(a.heads) : 1.0f;
+}
+
 }  // namespace cuda
 }  // namespace sma

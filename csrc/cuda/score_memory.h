@@ -68,11 +68,6 @@ struct ScoreMemory {
   }
 };
 
-// What scores that were summed over all heads are multiplied by.
-__device__ inline float head_share(const AttentionScoresArgs& a) {
-  return a.reduce == kMean && a.head_index == nullptr ? 1.0f / static_cast<float>(a.heads) : 1.0f;
-}
-
 // Whether all rows of a tensor (B, H, ., width) can be read 16 bytes at a time.
 inline bool in_words(const void* first, const int64_t (&strides)[4], int64_t width, int64_t size) {
   const int64_t bits = (strides[0] | strides[1] | strides[2] | width) * size;

@@ -178,10 +178,11 @@ char* stack(size_t index) {
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     for (size_t i = 0; i < kChunk; ++i) {
-      stacks.push_back(static_cast<char*>(memory) + i * kStack);
-      if (mprotect(stacks.back(), kPage, PROT_NONE) != 0)
+      char* begin = static_cast<char*>(memory) + i * kStack;
+      if (mprotect(begin, kPage, PROT_NONE) != 0)
         throw std::runtime_error(
             "too many threads at once for this system: raise vm.max_map_count");
+      stacks.push_back(begin);
     }
   }
   return stacks[index];
