@@ -33,6 +33,7 @@ constexpr size_t kStack = 512 << 10;
 constexpr size_t kStack = 64 << 10;
 #endif
 constexpr size_t kPage = 4096;
+constexpr size_t kGuarded = 4096;  // stacks: each takes two of 65,530 mappings that Linux allows
 constexpr size_t kSharedAlignment = 128;
 constexpr size_t kGuard = 1024;  // bytes behind the shared memory of a block
 constexpr char kGuardByte = 0x5A;
@@ -170,7 +171,8 @@ void thread_main() {
   run_next(self.context);
 }
 
-// One page below each stack cannot be touched. The pool only grows.
+// One page below each of the first stacks cannot be touched: all threads run the same code, and
+// what overflows one would overflow these. The pool only grows.
 char* stack(size_t index) {
   constexpr size_t kChunk = 256;
   while (stacks.size() <= index) {
@@ -179,7 +181,7 @@ char* stack(size_t index) {
     if (memory == MAP_FAILED) throw std::bad_alloc();
     for (size_t i = 0; i < kChunk; ++i) {
       char* begin = static_cast<char*>(memory) + i * kStack;
-      if (mprotect(begin, kPage, PROT_NONE) != 0)
+      if (stacks.size() < kGuarded && mprotect(begin, kPage, PROT_NONE) != 0)
         throw std::runtime_error(
             "too many threads at once for this system: raise vm.max_map_count");
       stacks.push_back(begin);
