@@ -27,31 +27,12 @@ def sources() -> list[Path]:
     return sorted(FOLDER.glob("*.cu"))
 
 
-def written() -> dict[str, int]:
-    """Returns the kernels that all sources and headers define, as written_in."""
-    files = [*sources(), *sorted(FOLDER.glob("*.h")), *sorted(FOLDER.glob("*.cuh"))]
-    return {name: least for file in files for name, least in written_in(file).items()}
-
-
-def written_in(file: Path) -> dict[str, int]:
-    """Returns the kernels that a file defines, and the least architecture that each is for.
-
-    That is 0, or the largest N of the `#if ... __CUDA_ARCH__ >= N` around the definition.
-    """
-    found: dict[str, int] = {}
-    least: list[int] = []  # of each open #if
-    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(), flags=re.S)
-    pattern = r"^[ \t]*#[ \t]*(if|elif|else|endif)(.*)$|__global__([^;{]*)"
-    for match in re.finditer(pattern, code, re.M):
-        directive, condition, declaration = match.groups()
-        if directive == "endif":
-            least.pop()
-        elif directive in ("elif", "else"):
-            least[-1] = _least(condition)
-        elif directive:
-            least.append(_least(condition))
-        else:
-            found[_name(declaration)] = max(least, default=0)
+def written() -> set[str]:
+    """Returns the kernels that all sources and headers define, each for every architecture."""
+    found = set()
+    for file in [*sources(), *sorted(FOLDER.glob("*.h"))]:
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(), flags=re.S)
+        found |= {_name(declaration) for declaration in re.findall(r"__global__([^;{]*)", code)}
     return found
 
 
@@ -67,12 +48,6 @@ def _name(declaration: str) -> str:
         if letter == ")" and depth == 0:
             start = place
     raise ValueError(f"__global__{declaration}: no name found")
-
-
-def _least(condition: str) -> int:
-    # __CUDA_ARCH__ is ten times what nvcc calls compute_N
-    found = re.findall(r"__CUDA_ARCH__\s*>=\s*(\d+)", condition)
-    return max((int(number) // 10 for number in found), default=0)
 
 
 def compiled(source: Path, architecture: str) -> dict[str, Usage]:

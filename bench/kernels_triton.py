@@ -149,6 +149,7 @@ def _cases() -> dict[str, list[tuple]]:
     heads_of = [  # that are kept whole or not, in loads of 16 bytes or one by one
         *((torch.float32, width) for width in (32, 64, 72, 129)),
         *((half, width) for width in (20, 40, 64, 600)),
+        *((torch.float16, width) for width in (20, 64, 129)),
     ]
     strided = empty(2, 4, 300, 17, dtype=half)[..., :16]  # held at once, each number a load
     every_option = [
@@ -164,6 +165,7 @@ def _cases() -> dict[str, list[tuple]]:
         "attention_scores": [
             (query, key, index, none, none, 0.125, "mean"),
             (query.float(), key.float(), index, none, padding, 0.125, "mean"),
+            (query.half(), key.half(), index, heads, padding, 0.125, "mean"),
             (self_query, self_query, index, heads, padding[:, :512], 0.125, "mean"),
             (empty(2, 8, 128, 32), empty(2, 8, 128, 32), index, none, none, 0.125, "mean"),
             (empty(2, 1, 70, 600), empty(2, 1, 70, 600), none, none, none, 0.125, "mean"),
@@ -175,6 +177,8 @@ def _cases() -> dict[str, list[tuple]]:
         "aggregate_attention": [
             (map_, index, none, "mean", False),
             (map_, index, heads, "mean", True),
+            (map_.half(), index, heads, "mean", True),
+            (map_.half(), none, none, "none", False),
             (empty(2, 8, 64, 1000, dtype=half), index, heads, "mean", False),
             (empty(2, 8, 64, 2000), index, heads, "mean", True),
             (empty(2, 8, 64, 4000, dtype=half), none, none, "none", True),
@@ -194,7 +198,12 @@ def _cases() -> dict[str, list[tuple]]:
             (longer, none, longer, *by_ratio, 0.5, none),
             (longer, longer > 0, none, *by_ratio, *no_share, empty(2, 65536, dtype=torch.uint8)),
         ],
-        "draw_queries": [(empty(2, 256), 38, none, none), (long, 38, none, none)],
+        "draw_queries": [
+            (empty(2, 256), 38, none, none),
+            (scores, 38, ids(2), padding),
+            (long, 38, none, none),
+            (long, 38, ids(2), long > 0),
+        ],
         "gather_tokens": [
             (empty(2, 1024, 512, dtype=half), ids(2, 870)),
             (empty(2, 1024, 512), ids(2, 870)),
@@ -203,11 +212,15 @@ def _cases() -> dict[str, list[tuple]]:
         "gather_tokens_backward": [
             (empty(2, 870, 512, dtype=half), ids(2, 870), 1024),
             (empty(2, 870, 5), ids(2, 870), 1024),
+            (empty(2, 870, 512, dtype=torch.float16), ids(2, 870), 1024),
+            (empty(2, 870, 512, dtype=torch.float64), ids(2, 870), 1024),
         ],
         "restore_tokens": [(empty(2, 49, 768, dtype=half), ids(2, 196), empty(768, dtype=half))],
         "restore_tokens_backward": [
             (empty(2, 196, 768, dtype=half), ids(2, 196), 49, none),
             (empty(2, 1024, 512), ids(2, 1024), 870, none),
+            (empty(2, 1024, 512, dtype=torch.float16), ids(2, 1024), 870, none),
+            (empty(2, 1024, 512, dtype=torch.float64), ids(2, 1024), 870, none),
         ],
         "self_guided_masking": [
             (

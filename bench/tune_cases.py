@@ -120,6 +120,10 @@ def _informed(shape: Shape, device: str, dtype: torch.dtype) -> tuple:
     return embeddings, shapes.scores(shape, device) > 0, None, "object"
 
 
+def _cut(shape: Shape, device: str, dtype: torch.dtype) -> tuple:
+    return shapes.embeddings(shape, device, dtype), None, "ncut", 64, 1e-4
+
+
 def _by_tokens(op: str, arguments: Callable, *shapes: str | Shape) -> tuple[Case, ...]:
     every = (_shape(shape) if isinstance(shape, str) else shape for shape in shapes)
     return tuple(Case(op, shape, FLOAT, arguments, shape.tokens) for shape in every)
@@ -132,10 +136,19 @@ def _of_bytes(op: str, arguments: Callable) -> tuple[Case, ...]:
     )
 
 
+def _of_heads(*widths: int) -> tuple[Case, ...]:
+    return tuple(
+        Case("attention_scores", _sized("image", 1, head_dim=x), dtype, _attention, dtype.itemsize)
+        for dtype in (HALF, FLOAT)
+        for x in widths
+    )
+
+
 _WARPS = {"num_warps": (1, 2, 4, 8, 16)}
 _BLOCKS = {"block": (1024, 2048, 4096), "num_warps": (4, 8, 16)}
 _COPY = {"elements": (1024, 2048, 4096, 8192), "width": (512, 1024, 2048), "num_warps": (4, 8)}
 _LONG_KEYS = {"tokens": (32, 64, 128), "rows": (16, 32, 64), "num_warps": (4, 8)}
+_FEATURES = {"kept": (16, 32, 64, 128), "width": (16, 32, 64)}
 _TWICE = (
     *(Case("attention_scores", _shape(x), HALF, _attention, 1) for x in ("image", "long")),
     Case("attention_scores", _shape("colreduce-4096"), torch.float16, _all_queries, 1),
@@ -154,6 +167,15 @@ ENTRIES = {
     ),
     "attention_scores.row_statistics": Entry({**_LONG_KEYS, "num_stages": (1, 2, 3, 4)}, _TWICE),
     "attention_scores.column_sums": Entry({**_LONG_KEYS, "num_stages": (1, 2, 3, 4)}, _TWICE),
+    "attention_scores.splits": Entry(
+        {"tokens": (2048, 4096, 8192, 16384), "splits": (4, 8, 16, 32)},
+        (
+            Case("attention_scores", _shape("long"), HALF, _attention),
+            Case("attention_scores", _shape("image", 1), HALF, _attention),
+        ),
+    ),
+    "attention_scores.features": Entry(_FEATURES, _of_heads(64, 128, 256)),
+    "attention_scores.unaligned": Entry(_FEATURES, _of_heads(20, 36, 68)),
     "aggregate_attention": Entry(
         {"block": (256, 512, 1024, 2048), "num_warps": (2, 4, 8)},
         (
@@ -256,6 +278,14 @@ ENTRIES = {
     "self_guided_masking": Entry(
         {"block": (256, 512, 1024), "num_warps": (2, 4, 8)},
         (Case("self_guided_masking", _shape("molecule", 64), HALF, _guided),),
+    ),
+    "bipartition": Entry(
+        {"bytes": (32, 64, 128), "num_warps": (4, 8, 16)},
+        tuple(
+            Case("bipartition", _sized("patches", 2**16 // x, tokens=x), dtype, _cut, x)
+            for x in (128, 196, 2048)
+            for dtype in (HALF, FLOAT)
+        ),
     ),
     "informed_scores": Entry(
         {"elements": (4096, 8192, 16384), "num_warps": (4, 8)},

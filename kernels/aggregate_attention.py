@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import turns
-from .launching import longest, most_registers, power_of_2, setting
+from .launching import longest, options, power_of_2, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OF_TURNS = [
@@ -166,8 +166,7 @@ def launch(
                     *(attention, index, stats, queries, selected, tokens, *strides, *place),
                     INDEXED=query_index is not None,
                     BLOCK=chosen["block"],
-                    num_warps=chosen["num_warps"],
-                    maxnreg=most_registers(chosen["num_warps"]),
+                    **options(chosen["num_warps"], all_registers=True),
                 )
             begun = turn.row > 0 or (turn.head > 0 and not apart)
             ended = turn.row + turn.rows == selected and turn.head + turn.heads == heads
@@ -186,8 +185,7 @@ def launch(
                 BY_HEAD=head_index is not None,
                 LOGITS=0 if not logits else 1 if in_row else 2,
                 BLOCK=block,
-                num_warps=chosen["num_warps"],
-                maxnreg=most_registers(chosen["num_warps"]),
+                **options(chosen["num_warps"], all_registers=True),
             )
             if samples:
                 turns.sum_heads(to, out, begun, own_factor)

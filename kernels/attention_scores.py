@@ -14,22 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import turns
-from .launching import longest, most_registers, power_of_2, setting
+from .launching import longest, options, power_of_2, setting
 from .logits import keys_of_block, logits_of, rows_of_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
-_SPLIT_TOKENS = 8192  # a part of the keys, for the statistics of rows, has so many at least
-_MOST_SPLITS = 16  # parts
 _DIVISOR = 8  # of features: in half types 16 bytes, which come at once
-# (bytes of a feature, divisor): a head's features are kept up to the first number, and come so many
-# at a time, the second, where there are more
-_FEATURES = {
-    (2, _DIVISOR): (128, 32),
-    (4, _DIVISOR): (32, 32),  # the tensor cores take a float32 as two numbers
-    (2, 1): (32, 32),  # each comes by itself, with its address in a register
-    (4, 1): (16, 16),
-}
 
 # what changes from turn to turn is not worth another kernel
 _OF_TURNS = ["first_sample", "first_head", "first_row", "heads_apart", "rows", "out_stride", "adds"]
@@ -234,9 +224,10 @@ def launch(
     sizes = (heads, heads // kv_heads, queries, selected, tokens, width, scale * _LOG2E)
     every = (width, *of_query, *key.stride()[:3])
     divisor = 1 if any(x % _DIVISOR for x in every) else _DIVISOR
-    most_kept, at_a_time = _FEATURES[key.element_size(), divisor]
-    kept = power_of_2(width) <= most_kept
-    block_width = power_of_2(width) if kept else at_a_time
+    loaded = "attention_scores.features" if divisor > 1 else "attention_scores.unaligned"
+    features = setting(loaded, key.device, key.element_size())
+    kept = power_of_2(width) <= features["kept"]
+    block_width = power_of_2(width) if kept else features["width"]
     common = (query, key, index, by_head, padding), (*sizes, *strides)
     kinds = {
         "INDEXED": query_index is not None,
@@ -284,9 +275,8 @@ def _at_once(
             **kinds,
             BLOCK=block,
             BLOCK_ROWS=chosen["rows"],
-            num_warps=chosen["num_warps"],
             num_stages=chosen["num_stages"],
-            maxnreg=most_registers(chosen["num_warps"]),
+            **options(chosen["num_warps"], all_registers=True),
         )
         if samples:
             turns.sum_heads(parts[:number], scores[sample : sample + number], False, factor)
@@ -304,7 +294,9 @@ def _in_turns(
     of_rows = setting("attention_scores.row_statistics", key.device, of_features)
     of_columns = setting("attention_scores.column_sums", key.device, of_features)
     blocks = triton.cdiv(tokens, of_columns["tokens"])
-    splits = min(2 ** (max(tokens // _SPLIT_TOKENS, 1).bit_length() - 1), _MOST_SPLITS)
+    of_splits = setting("attention_scores.splits", key.device)
+    splits = 2 ** (max(tokens // of_splits["tokens"], 1).bit_length() - 1)
+    splits = min(splits, of_splits["splits"])
     split_tokens = triton.cdiv(triton.cdiv(tokens, of_rows["tokens"]), splits) * of_rows["tokens"]
     held = turns.SCRATCH // 2  # for the statistics, and for sums of heads
     samples, programs = 0, batch * blocks
@@ -348,4 +340,4 @@ def _blocks(chosen: dict[str, int], selected: int) -> dict[str, int]:
     names = {"tokens": "BLOCK", "rows": "BLOCK_ROWS"}
     blocks = {names.get(name, name): x for name, x in chosen.items() if name != "up_to"}
     blocks["BLOCK_ROWS"] = min(blocks["BLOCK_ROWS"], power_of_2(selected))
-    return blocks | {"maxnreg": most_registers(chosen["num_warps"])}
+    return blocks | options(chosen["num_warps"], all_registers=True)

@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import longest, options, power_of_2, setting
 from .selection import fill_ids, rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TOKENS = 2048  # in a block, at most: more do not fit in registers
-_BYTES = 64  # of a chunk, in a thread's registers
 _NOTHING = tl.constexpr(1e-6)  # eigenvalues up to here count as 0
 _LEAST_GAP = tl.constexpr(2e-5)  # of the eigenvalue: floats cannot tell less from a tie
 _SETTLED = tl.constexpr(0.5)  # of the gap, that the second eigenvector may be wrong
@@ -248,10 +247,11 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of Bipartition."""
     batch, tokens, width = embeddings.shape
-    if tokens > _TOKENS:
+    most = longest("bipartition", embeddings.device)
+    if tokens > most:
         raise ValueError(
             f"embeddings: got shape {tuple(embeddings.shape)}, allowed is (B, N, C) with N at most "
-            f"{_TOKENS} on backend triton"
+            f"{most} on backend triton"
         )
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -264,11 +264,10 @@ def launch(
     if batch == 0:
         return vector, labels, ids, eigenvalue, converged
     padding, padding_stride = rows_of(key_padding_mask, labels.view(torch.uint8))
-    block = max(triton.next_power_of_2(tokens), 16)
-    warps = min(max(block // 32, 4), 16)
-    of_thread = 16 if block > 2048 else _BYTES // embeddings.element_size()
-    chunk = of_thread * warps * 32 // block
-    chunk = min(chunk, max(triton.next_power_of_2(width), 16))
+    chosen = setting("bipartition", embeddings.device, tokens)
+    block = power_of_2(tokens)
+    of_threads = 32 * chosen["num_warps"] * chosen["bytes"] // embeddings.element_size()
+    chunk = min(max(of_threads // block, 1), power_of_2(width))
     with torch.cuda.device_of(embeddings):
         bipartition_kernel[(batch,)](
             *(embeddings, padding, vector, labels.view(torch.uint8), ids, eigenvalue),
@@ -278,6 +277,6 @@ def launch(
             PADDED=key_padding_mask is not None,
             BLOCK=block,
             CHUNK=chunk,
-            num_warps=warps,
+            **options(chosen["num_warps"]),
         )
     return vector, labels, ids, eigenvalue, converged

@@ -20,7 +20,7 @@ from .selection import (
 
 
 @triton.jit
-def how_many(row, valid, number, row_numbers, BY_ROW: tl.constexpr):
+def how_many_drawn(row, valid, number, row_numbers, BY_ROW: tl.constexpr):
     """Returns how many of `valid` candidates are drawn, at least 1 where there is one."""
     count = number + valid * 0
     if BY_ROW:
@@ -48,7 +48,7 @@ def draw_queries_kernel(
     if PADDED:
         valid &= tl.load(padding + row * padding_stride + token, mask=valid, other=1) == 0
     key = ordered(tl.load(noise + row * noise_stride + token, mask=valid, other=0), True)
-    count = how_many(row, tl.sum(valid.to(tl.int32)), number, row_numbers, BY_ROW)
+    count = how_many_drawn(row, tl.sum(valid.to(tl.int32)), number, row_numbers, BY_ROW)
     drawn = top(key, valid, count)
     store_ids(ids + row * number, drawn, token, 0, number)
     fill_ids(ids + row * number, count, number, BLOCK)
@@ -62,7 +62,7 @@ def draw_long_kernel(
     """As draw_queries_kernel, for any number of candidates."""
     row = tl.program_id(0).to(tl.int64)
     valid_number = valid_of_long(padding, row * padding_stride, candidates, PADDED, BLOCK)
-    count = how_many(row, valid_number, number, row_numbers, BY_ROW)
+    count = how_many_drawn(row, valid_number, number, row_numbers, BY_ROW)
     kth, left = threshold_of_long(
         noise, row * noise_stride, padding, row * padding_stride, noise, 0,
         candidates, count, PADDED, 0, False, True, BLOCK,
@@ -104,6 +104,5 @@ def launch(
             BY_ROW=num_queries_rows is not None,
             PADDED=padding_mask is not None,
             **in_registers("draw_queries", noise.device, candidates),
-            enable_fp_fusion=False,
         )
     return ids

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import turns
-from .launching import copied, setting
+from .launching import copied, options, setting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ONE = 1 << 32  # an id counted; a place stays below
@@ -190,7 +190,7 @@ def _gather_back(
     width_ids, width = ids.shape[1], grad.shape[2]
     of_notes = setting("gather_tokens_backward.notes", out.device)
     several = setting("gather_tokens_backward.several", out.device)
-    block = {"BLOCK": of_notes["block"], "num_warps": of_notes["num_warps"]}
+    block = {"BLOCK": of_notes["block"], **options(of_notes["num_warps"])}
     block_rows = chosen["BLOCK_ROWS"]
     blocks = triton.cdiv(tokens, block_rows)
     number_flags = min(flags.numel(), batch * blocks)
@@ -217,5 +217,5 @@ def _gather_back(
                 BLOCK_FLAGS=several["flags"],
                 BLOCK_IDS=several["ids"],
                 BLOCK_WIDTH=several["width"],
-                num_warps=several["num_warps"],
+                **options(several["num_warps"]),
             )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import power_of_2, setting
+from .launching import options, power_of_2, setting
 from .selection import rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,6 +128,6 @@ def launch(
             PADDED=key_padding_mask is not None,
             ROWS=max(1, chosen["elements"] // wide),
             WIDTH=wide,
-            num_warps=chosen["num_warps"],
+            **options(chosen["num_warps"]),
         )
     return scores

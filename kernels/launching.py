@@ -53,18 +53,32 @@ def power_of_2(size: int) -> int:
     return max(triton.next_power_of_2(size), 16)
 
 
-def most_registers(num_warps: int) -> int:
-    """Returns what a program's threads can have; else the compiler spills to run more programs."""
-    return min(255, 65536 // (32 * num_warps))
+def options(
+    num_warps: int, *, all_registers: bool = False, fused: bool = True
+) -> dict[str, int | bool]:
+    """Returns what a kernel is compiled with.
+
+    Args:
+        num_warps: of a program.
+        all_registers: whether its threads may take all that there are; else the compiler leaves
+            some to more programs, and spills sooner.
+        fused: whether a product goes unrounded into a sum; left open, Triton's versions differ.
+    """
+    chosen = {"num_warps": num_warps, "enable_fp_fusion": fused}
+    if all_registers:
+        chosen["maxnreg"] = min(255, 65536 // (32 * num_warps))
+    return chosen
 
 
-def in_registers(op: str, device: torch.device, tokens: int) -> dict[str, int]:
-    """Returns BLOCK and num_warps for rows of `tokens`: whole ones, or parts of what is longer."""
-    if tokens <= longest(op, device):
-        block = power_of_2(tokens)
-        return {"BLOCK": block, "num_warps": setting(op, device, tokens)["num_warps"]}
-    chosen = setting(f"{op}.long", device)
-    return {"BLOCK": chosen["block"], "num_warps": chosen["num_warps"]}
+def in_registers(op: str, device: torch.device, tokens: int) -> dict[str, int | bool]:
+    """Returns BLOCK and options for rows of `tokens`: whole ones, or parts of what is longer.
+
+    Products are rounded, as numbers of tokens are counted from them.
+    """
+    in_row = tokens <= longest(op, device)
+    chosen = setting(op if in_row else f"{op}.long", device, tokens)
+    block = power_of_2(tokens) if in_row else chosen["block"]
+    return {"BLOCK": block, **options(chosen["num_warps"], fused=False)}
 
 
 def copied(entry: str, device: torch.device, width: int, size: int) -> dict[str, int]:
@@ -74,6 +88,5 @@ def copied(entry: str, device: torch.device, width: int, size: int) -> dict[str,
     return {
         "BLOCK_ROWS": max(1, chosen["elements"] // block_width),
         "BLOCK_WIDTH": block_width,
-        "num_warps": chosen["num_warps"],
-        "maxnreg": most_registers(chosen["num_warps"]),
+        **options(chosen["num_warps"], all_registers=True),
     }

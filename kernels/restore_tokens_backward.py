@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gather_tokens_backward, turns
-from .launching import most_registers, setting
+from .launching import options, setting
 
 DTYPES = gather_tokens_backward.DTYPES
 
@@ -119,8 +119,7 @@ def _sum_filled(grad: Tensor, ids_restore: Tensor, num_visible: int, to_fill: Te
             "SUM": tl.float64 if kind == torch.float64 else tl.float32,
             "BLOCK_ROWS": chosen["elements"] // block_width,
             "BLOCK_WIDTH": block_width,
-            "num_warps": chosen["num_warps"],
-            "maxnreg": most_registers(chosen["num_warps"]),
+            **options(chosen["num_warps"], all_registers=True),
         }
 
     of_rows, of_parts = block(chosen["width"]), block(chosen["parts_width"])

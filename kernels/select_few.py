@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import turns
-from .launching import setting
-from .selection import begins, chosen_of_chunk, how_many, keys_of_chunk, next_digit, store_ids
+from .launching import options, setting
+from .selection import begins, chosen_of_chunk, how_many, keys_of_chunk, next_digit, store_choice
 
 _UNSPECIALIZED = ["ratio", "second", "number", "step"]
 
@@ -206,18 +206,12 @@ def write_parts_kernel(
         seen = inside & (chosen == 0)
         if PADDED:
             seen &= tl.load(padding + row * padding_stride + token, mask=inside, other=1) == 0
-        at_visible = store_ids(
-            ids_visible + row * width_visible, seen, token, visible_before, width_visible
-        )
-        at_masked = store_ids(
-            ids_masked + row * width_masked, chosen, token, masked_before, width_masked
-        )
-        visible_before += tl.sum(seen.to(tl.int32))
-        masked_before += tl.sum(chosen.to(tl.int32))
-        place = tl.where(chosen, width_visible + at_masked, tl.where(seen, at_visible, -1))
+        visible_before, masked_before = store_choice(
+            chosen, seen, token, visible_before, masked_before, ids_visible, ids_masked,
+            ids_restore, row, end, tokens, width_visible, width_masked,
+        )  # fmt: skip
         tl.debug_barrier()  # what was chosen, or goes first, is read before it is written over
         tl.store(mask + row * tokens + token, chosen.to(tl.uint8), mask=inside)
-        tl.store(ids_restore + row * tokens + token, place.to(tl.int64), mask=inside)
     fill_part(ids_visible + row * width_visible, valid - count, width_visible, BLOCK)
     fill_part(ids_masked + row * width_masked, count, width_masked, BLOCK)
     if tl.program_id(1) == 0:
@@ -258,8 +252,8 @@ def launch(
     tokens_of_part = triton.cdiv(triton.cdiv(tokens, parts), block) * block
     parts = triton.cdiv(tokens, tokens_of_part)
     orders = ((scores, scores_stride), (noise, noise_stride))[: 2 if kinds["RANDOM"] else 1]
-    options = {"BLOCK": block, "num_warps": chosen["num_warps"], "enable_fp_fusion": False}
-    with_parts = {**kinds, "PARTS": triton.next_power_of_2(parts), **options}
+    kinds = {**kinds, "BLOCK": block, **options(chosen["num_warps"], fused=False)}
+    with_parts = {**kinds, "PARTS": triton.next_power_of_2(parts)}
     most = max(turns.SCRATCH // (4 * (1024 * len(orders) + 3 * parts)), 1)  # rows at a time
     digits = scores.new_empty((min(most, batch), len(orders), 4, 256), dtype=torch.int32)
     of_parts = scores.new_empty((3, min(most, batch), parts), dtype=torch.int32)
@@ -275,12 +269,14 @@ def launch(
             for step in range(4):
                 count_digits_kernel[grid](
                     *(values[rows], *common, numbers, *of_order, step),
-                    **kinds, **options, ORDER=order,
-                )  # fmt: skip
+                    **kinds,
+                    ORDER=order,
+                )
             count_parts_kernel[grid](
                 *(values[rows], *common, of_parts, numbers, *of_order),
-                **kinds, **options, ORDER=order,
-            )  # fmt: skip
+                **kinds,
+                ORDER=order,
+            )
             if order + 1 < len(orders):
                 mark_chosen_kernel[grid](
                     *(values[rows], *common, of_parts, numbers, *of_order), **with_parts

@@ -16,7 +16,7 @@ from .selection import (
     how_many,
     ordered,
     rows_of,
-    store_ids,
+    store_choice,
     top,
     top_of_long,
     valid_of_long,
@@ -76,15 +76,14 @@ def select_tokens_kernel(
         else:
             chosen = top(key, chosen, count)
     seen = valid & (chosen == 0)
-    at_visible = store_ids(ids_visible + row * width_visible, seen, token, 0, width_visible)
-    at_masked = store_ids(ids_masked + row * width_masked, chosen, token, 0, width_masked)
+    store_choice(
+        chosen, seen, token, 0, 0, ids_visible, ids_masked, ids_restore,
+        row, tokens, tokens, width_visible, width_masked,
+    )  # fmt: skip
+    tl.store(mask + row * tokens + token, chosen.to(tl.uint8), mask=token < tokens)
     visible_number = valid_number - count
     fill_ids(ids_visible + row * width_visible, visible_number, width_visible, BLOCK)
     fill_ids(ids_masked + row * width_masked, count, width_masked, BLOCK)
-    place = tl.where(chosen, width_visible + at_masked, tl.where(seen, at_visible, -1))
-    inside = token < tokens
-    tl.store(mask + row * tokens + token, chosen.to(tl.uint8), mask=inside)
-    tl.store(ids_restore + row * tokens + token, place.to(tl.int64), mask=inside)
     tl.store(num_visible + row, visible_number)
     tl.store(num_masked + row, count)
 
@@ -129,16 +128,10 @@ def select_long_kernel(
         seen = inside & (chosen == 0)
         if PADDED:
             seen &= tl.load(padding + row * padding_stride + token, mask=inside, other=1) == 0
-        at_visible = store_ids(
-            ids_visible + row * width_visible, seen, token, visible_before, width_visible
-        )
-        at_masked = store_ids(
-            ids_masked + row * width_masked, chosen, token, masked_before, width_masked
-        )
-        visible_before += tl.sum(seen.to(tl.int32))
-        masked_before += tl.sum(chosen.to(tl.int32))
-        place = tl.where(chosen, width_visible + at_masked, tl.where(seen, at_visible, -1))
-        tl.store(ids_restore + row * tokens + token, place.to(tl.int64), mask=inside)
+        visible_before, masked_before = store_choice(
+            chosen, seen, token, visible_before, masked_before, ids_visible, ids_masked,
+            ids_restore, row, tokens, tokens, width_visible, width_masked,
+        )  # fmt: skip
     fill_ids(ids_visible + row * width_visible, visible_before, width_visible, BLOCK)
     fill_ids(ids_masked + row * width_masked, masked_before, width_masked, BLOCK)
     tl.store(num_visible + row, visible_before)
@@ -210,6 +203,5 @@ def launch(
             *(*inputs, row_numbers, mask_bytes, *outputs, *sizes, *counts),
             **kinds,
             **in_registers("select_tokens", scores.device, tokens),
-            enable_fp_fusion=False,  # which would keep the digits that rounding drops
         )
     return result

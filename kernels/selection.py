@@ -227,6 +227,24 @@ def store_ids(ids, member, token, before, width):
 
 
 @triton.jit
+def store_choice(
+    chosen, seen, token, visible_before, masked_before, ids_visible, ids_masked, ids_restore,
+    row, end, tokens, width_visible, width_masked,
+):  # fmt: skip
+    """Stores ids and places of a block of tokens before `end`, masked, visible or padding.
+
+    Returns how many of a row are visible and masked with them, of how many were before.
+    """
+    place = store_ids(ids_masked + row * width_masked, chosen, token, masked_before, width_masked)
+    at_visible = store_ids(
+        ids_visible + row * width_visible, seen, token, visible_before, width_visible
+    )
+    place = tl.where(chosen, width_visible + place, tl.where(seen, at_visible, -1))
+    tl.store(ids_restore + row * tokens + token, place.to(tl.int64), mask=token < end)
+    return visible_before + tl.sum(seen.to(tl.int32)), masked_before + tl.sum(chosen.to(tl.int32))
+
+
+@triton.jit
 def fill_ids(ids, begin, width, BLOCK: tl.constexpr):
     """Stores -1 behind a row's own number of ids."""
     for start in range(begin, width, BLOCK):

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention_scores, gather_tokens, select_tokens
-from .launching import setting
+from .launching import options, setting
 
 DTYPES = attention_scores.DTYPES
 
@@ -50,7 +50,7 @@ def launch(
                 mark_drawn_kernel[(triton.cdiv(total, chosen["block"]),)](
                     *(query_index, first, total, query_index.shape[1], scores.shape[1]),
                     BLOCK=chosen["block"],
-                    num_warps=chosen["num_warps"],
+                    **options(chosen["num_warps"]),
                 )
     selection = select_tokens.launch(
         *(scores, key_padding_mask, noise, mask_ratio, None, None, None),

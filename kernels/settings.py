@@ -3,7 +3,7 @@
 An entry is a tuple of classes: the first whose "up_to" reaches the size at hand is taken, and the
 last where none does. DEFAULT is set by hand. MEASURED, by architecture, comes before it there and
 is written by `python -m bench.tune --write` on that GPU; MEASURED_ON says when and with what.
-Nothing is tuned in a user's program. bipartition has none: its row decides.
+Nothing is tuned in a user's program.
 """
 
 # by the tokens of a row, which one program holds in registers: more warps sort sooner, but wait
@@ -50,6 +50,19 @@ DEFAULT = {
     "attention_scores.column_sums": (
         {"up_to": 1, "tokens": 64, "rows": 32, "num_warps": 8, "num_stages": 2},
         {"up_to": None, "tokens": 32, "rows": 32, "num_warps": 8, "num_stages": 2},
+    ),
+    # with so many keys in each, up to so many programs share a row's statistics
+    "attention_scores.splits": ({"up_to": None, "tokens": 8192, "splits": 16},),
+    # by the bytes of a number: the tensor cores take a float32 as two. Up to `kept` features of a
+    # head are read once, `width` of wider ones at a time, again for every few rows
+    "attention_scores.features": (
+        {"up_to": 2, "kept": 128, "width": 32},
+        {"up_to": 4, "kept": 32, "width": 32},
+    ),
+    # features that cannot come 16 bytes at a time: of each a register has the address
+    "attention_scores.unaligned": (
+        {"up_to": 2, "kept": 32, "width": 32},
+        {"up_to": 4, "kept": 16, "width": 16},
     ),
     # the heads of a sample have programs of their own where else fewer than these would start, at
     # the price of another launch, in blocks of tokens, that adds them up
@@ -108,6 +121,13 @@ DEFAULT = {
         },
     ),
     "self_guided_masking": ({"up_to": None, "block": 1024, "num_warps": 4},),
+    # by the tokens of a sample, of which a block has all: so many `bytes` of features in each
+    # thread's registers are read at once, beside the vectors; longer samples have no kernel
+    "bipartition": (
+        {"up_to": 128, "bytes": 64, "num_warps": 4},
+        {"up_to": 256, "bytes": 64, "num_warps": 8},
+        {"up_to": 2048, "bytes": 64, "num_warps": 16},
+    ),
     # more elements are more rows at a time, which wait for each other less often, in more registers
     "informed_scores": ({"up_to": None, "elements": 8192, "num_warps": 8},),
 }

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import setting
+from .launching import options, setting
 
 SCRATCH = 1 << 20  # bytes that an op takes beside its inputs and outputs, at most
 _GRID = 65535  # programs along an axis of a grid that is not its first
@@ -83,5 +83,5 @@ def sum_heads(parts: Tensor, out: Tensor, adds: bool, factor: float) -> None:
     sum_heads_kernel[(batch, triton.cdiv(tokens, chosen["block"]))](
         *(parts, out, number, tokens, int(adds), factor),
         BLOCK=chosen["block"],
-        num_warps=chosen["num_warps"],
+        **options(chosen["num_warps"]),
     )

@@ -9,7 +9,7 @@ import gc
 import importlib.util
 import math
 import os
-import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
+
 import emulation
 import hypothesis
 import interpreter
@@ -28,6 +30,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 import sma_fast
+from bench.cubins import find_nvcc
 from sma_fast import _dispatch, _native, reference
 from sma_fast._schema import SCHEMAS
 from sma_fast.testing import NATIVE_DTYPES, OPS, assert_same, bits, call, guarded, to_device
@@ -146,16 +149,11 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = missing_backends()
     if MISSING_TO_TRAIN:
         missing["train"] = f"not installed: {', '.join(MISSING_TO_TRAIN)}"
-    if "nvcc" in required and _find_nvcc() is None:
+    if "nvcc" in required and find_nvcc() is None:
         missing["nvcc"] = "neither on PATH nor in CUDA_HOME"
     for name, reason in missing.items():
         if name in required:
             raise pytest.UsageError(f"SMA_FAST_REQUIRE: {name} is missing: {reason}")
-
-
-def _find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
 def pytest_report_header() -> list[str]:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
 
-from bench import (  # noqa: E402
+from bench import (
     gpu,
     gpu_benchmarks,
     gpu_processes,

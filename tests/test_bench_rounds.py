@@ -3,19 +3,16 @@
 import contextlib
 import functools
 import itertools
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
 
-import sma_fast  # noqa: E402
-from bench import (  # noqa: E402
+import sma_fast
+from bench import (
     bench_gather_tokens,
     bench_select_tokens,
     gpu_rounds,

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
 
-from bench import gpu_benchmarks, gpu_processes, report_gpu, shapes, targets  # noqa: E402
+from bench import gpu_benchmarks, gpu_processes, report_gpu, shapes, targets
 
 
 def test_microseconds_on_a_gpu_are_those_of_graph_replay() -> None:

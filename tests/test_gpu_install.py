@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
-
-from bench import gpu_install  # noqa: E402
+from bench import gpu_install
 
 
 @pytest.fixture

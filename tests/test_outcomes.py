@@ -1,16 +1,13 @@
 """Tests that take their process along, as bench.gpu runs them: nothing else is lost."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
-
-from bench import gpu_processes, gpu_tests  # noqa: E402
-from bench.gpu_processes import Asked, Record  # noqa: E402
+from bench import gpu_processes, gpu_tests
+from bench.gpu_processes import Asked, Record
 
 # torch with a GPU that fails when it is told to
 CONFTEST = """

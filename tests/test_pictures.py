@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import sys
 import zipfile
 from pathlib import Path
 
@@ -16,13 +15,11 @@ import torch
 from PIL import Image
 from runs import forks
 
-sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
-
-from bench import pictures, pictures_plots, pictures_probe, runs  # noqa: E402
-from sma_fast.masking.selfmae import SelfMAEMasking  # noqa: E402
-from sma_fast.models import MAEConfig, MAEForPretraining  # noqa: E402
-from sma_fast.training import run as training_run  # noqa: E402
-from sma_fast.training.mae_presets import mae_policy  # noqa: E402
+from bench import pictures, pictures_plots, pictures_probe, runs
+from sma_fast.masking.selfmae import SelfMAEMasking
+from sma_fast.models import MAEConfig, MAEForPretraining
+from sma_fast.training import run as training_run
+from sma_fast.training.mae_presets import mae_policy
 
 MASKS = ("random", "selfmae")
 TRIED = ("--epochs", "2", "--pictures", "40", "--seeds", "1", "--jobs", "1", "--masks", *MASKS)

@@ -3,15 +3,12 @@
 import gzip
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 from runs import forks
 
-sys.path.append(str(Path(__file__).parent.parent))  # where bench lies, behind what is installed
-
-from bench import science  # noqa: E402
+from bench import science
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ SMALL = {  # what makes rows of a few dozen tokens long ones, of several blocks 
     "select_tokens": {"up_to": 16},
     "select_tokens.long": {"block": 16},
     "select_tokens.few": {"tokens": 17, "programs": 12, "block": 16},
+    "attention_scores.splits": {"tokens": 8},
     "draw_queries": {"up_to": 16},
     "draw_queries.long": {"block": 16},
     "random_masking": {"up_to": 16},
@@ -52,9 +53,8 @@ SMALL = {  # what makes rows of a few dozen tokens long ones, of several blocks 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[None]:
     """Forces Triton, with settings that make small inputs long ones."""
-    from sma_fast.kernels import attention_scores, settings
+    from sma_fast.kernels import settings
 
-    monkeypatch.setattr(attention_scores, "_SPLIT_TOKENS", 8)
     for entry, changed in SMALL.items():
         monkeypatch.setitem(settings.DEFAULT, entry, ({**settings.DEFAULT[entry][-1], **changed},))
     monkeypatch.setattr(settings, "MEASURED", {})

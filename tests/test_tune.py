@@ -13,7 +13,6 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # where bench lies, behind what is installed
 
 from sma_fast.kernels import launching, settings  # noqa: E402
 
