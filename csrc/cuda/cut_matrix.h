@@ -14,7 +14,7 @@ namespace cuda {
 template <class T, bool kStay>
 class CutMatrix : protected CutVectors {
  public:
-  static constexpr int kEach = Slabs<T, kStay>::kEach;
+  static constexpr int kWordFeatures = Slabs<T, kStay>::kWordFeatures;
 
   // places: for slabs in shared memory, in each block of a cluster.
   __host__ __device__ static CutMemory memory(int64_t tokens, unsigned blocks, int64_t places) {
@@ -38,10 +38,10 @@ class CutMatrix : protected CutVectors {
       float quick = 0;
 #pragma unroll 4
       for (int word = lane(); word < slabs.words(); word += kWarp) {
-        float x[kEach];
+        float x[kWordFeatures];
         slabs.any_word_of(i, word, x);
 #pragma unroll
-        for (int k = 0; k < kEach; ++k) quick += x[k] * x[k];
+        for (int k = 0; k < kWordFeatures; ++k) quick += x[k] * x[k];
       }
 #pragma unroll
       for (int step = kWarp / 2; step > 0; step /= 2)
@@ -50,10 +50,10 @@ class CutMatrix : protected CutVectors {
       if (!(quick > 1e-30f && quick < 1e38f)) {  // squares may leave float's range
         sum = 0;
         for (int word = lane(); word < slabs.words(); word += kWarp) {
-          float x[kEach];
+          float x[kWordFeatures];
           slabs.any_word_of(i, word, x);
 #pragma unroll
-          for (int k = 0; k < kEach; ++k) sum += static_cast<double>(x[k]) * x[k];
+          for (int k = 0; k < kWordFeatures; ++k) sum += static_cast<double>(x[k]) * x[k];
         }
         for (int step = kWarp / 2; step > 0; step /= 2)
           sum += __shfl_xor_sync(kAllLanes, sum, step);
@@ -201,15 +201,15 @@ class CutMatrix : protected CutVectors {
       }
 #pragma unroll 1
       for (int slab = 0; slab < slabs.at_once(); ++slab) {
-        float sum[kEach * kVectors] = {};
+        float sum[kWordFeatures * kVectors] = {};
 #pragma unroll
         for (int r = 0; r < kRowsAtOnce; ++r) {
           // rows go two by two; behind the last one it comes again, times 0
           if (r % 2 == 0 && first - lane() + r * kWarp >= n) break;
-          float x[kEach];
+          float x[kWordFeatures];
           slabs.word_of(slab, min(first + r * kWarp, n - 1), word, x);
 #pragma unroll
-          for (int k = 0; k < kEach; ++k) {
+          for (int k = 0; k < kWordFeatures; ++k) {
             sum[k * kVectors] += x[k] * v[r].x;
             sum[k * kVectors + 1] += x[k] * v[r].y;
             sum[k * kVectors + 2] += x[k] * v[r].z;
@@ -217,8 +217,9 @@ class CutMatrix : protected CutVectors {
           }
         }
         const float own = sum_of_lanes(sum);
-        constexpr unsigned kEqual = kWarp / (kEach * kVectors);  // lanes, which hold the same sum
-        float* const to = part(along + (slab * kWords + word) * kEach, 0) + lane() / kEqual;
+        // lanes, which hold the same sum
+        constexpr unsigned kEqual = kWarp / (kWordFeatures * kVectors);
+        float* const to = part(along + (slab * kWords + word) * kWordFeatures, 0) + lane() / kEqual;
         if (lane() % kEqual == 0) *to = first == lane() ? own : *to + own;
       }
     }
@@ -234,13 +235,13 @@ class CutMatrix : protected CutVectors {
 #pragma unroll(kStay ? 2 : 1)  // more do not fit in registers with reads from memory
         for (int half = 0; half < kWords; half += kWords / 2) {
           const int word = half + static_cast<int>(lane() / kApart);
-          float x[kRowsOfLane][kEach];
+          float x[kRowsOfLane][kWordFeatures];
 #pragma unroll
           for (int r = 0; r < kRowsOfLane; ++r)
             slabs.word_of(slab, min(first + lane() % kApart + r * kApart, n - 1), word, x[r]);
-          const float4* const sum = along + (slab * kWords + word) * kEach;
+          const float4* const sum = along + (slab * kWords + word) * kWordFeatures;
 #pragma unroll
-          for (int k = 0; k < kEach; ++k) {
+          for (int k = 0; k < kWordFeatures; ++k) {
             const float4 t = sum[k];
 #pragma unroll
             for (int r = 0; r < kRowsOfLane; ++r) {

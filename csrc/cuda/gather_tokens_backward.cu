@@ -14,11 +14,10 @@ namespace {
 // What is noted of a token: the place of an id that names it, with kSeveral where others do too.
 constexpr int kNone = -1, kSeveral = INT_MIN;
 
-constexpr int64_t kEach = kCopyThreads * kCopies;
-constexpr int64_t kMostWords = 4 * kEach;  // of a block, where a look at the ids costs little
-constexpr int64_t kMostRows = 8192;        // so many notes fit
-constexpr int64_t kBlocksEach = 32;        // of a multiprocessor: the last ones end together
-constexpr int kBlocksAtOnce = 6;           // on one: registers for as many words on their way
+constexpr int64_t kMostWords = int64_t{4} * kBlockWords;  // where a look at the ids costs little
+constexpr int64_t kMostNotes = 8192;                      // so many notes fit
+constexpr int64_t kBlocksEach = 32;  // of a multiprocessor: the last ones end together
+constexpr int kBlocksAtOnce = 6;     // on one: registers for as many words on their way
 
 // Which words of all samples the blocks take.
 template <class Index>
@@ -55,7 +54,7 @@ __device__ bool note(const int64_t* ids, int64_t count, int64_t first_id, int ro
   for (int i = threadIdx.x; i < rows; i += kCopyThreads) notes[i] = kNone;
   __syncthreads();
   bool several = false;
-  for (int64_t first = threadIdx.x; first < count; first += kCopyThreads * kCopies) {
+  for (int64_t first = threadIdx.x; first < count; first += kBlockWords) {
     int64_t id[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -143,7 +142,8 @@ cudaError_t launch_back(const GatherTokensBackwardArgs& a, int64_t first_id, con
   // a part is longer where there are many ids to look at, but enough of them keep all at work
   const int64_t many = std::max(kMostWords, 4 * a.visible * 8 / kSize);
   const int64_t fills = a.batch * all / (limits_of(place.device).multiprocessors * kBlocksEach);
-  const int64_t most = std::max(std::min({many, fills, kMostRows * row_words}), kEach);
+  const int64_t most =
+      std::max(std::min({many, fills, kMostNotes * row_words}), int64_t{kBlockWords});
   int64_t count = ceil_div(all, most);
   const int64_t each = ceil_div<int64_t>(ceil_div(all, count), kWarp) * kWarp;  // whole numbers
   count = ceil_div(all, each);

@@ -44,11 +44,11 @@ struct TurnsPlan {
   size_t bytes, room;  // of a block's shared memory: what scores take, and what there is
 };
 
-TurnsPlan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits) {
+TurnsPlan turns_plan(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   TurnsPlan plan = {};
   Turns& t = plan.turns;
   const int64_t selected = std::max<int64_t>(a.selected, 1);
-  const int64_t most_rows = std::min(selected, kMostRows);
+  const int64_t most_rows = std::min(selected, kTurnRows);
   const size_t own = sizeof(TurnShared) + static_cast<size_t>(most_rows) * sizeof(int);
   const auto try_plan = [&](int64_t blocks, unsigned warps) {  // so many on a multiprocessor
     plan.room =
@@ -103,7 +103,7 @@ int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& 
   if (scores.batch > INT32_MAX / 2) return kTooManySamples;  // which are counted in 32 bits
   const OnDevice on(place);
   if (on.error() != cudaSuccess) return on.error();
-  TurnsPlan plan = plan_of(scores, limits_of(place.device));
+  TurnsPlan plan = turns_plan(scores, limits_of(place.device));
   if (plan.warps == 0) return kRowsTooLong;
   const size_t bytes =
       selects ? std::max(plan.bytes, select_sample_bytes(scores.tokens)) : plan.bytes;

@@ -11,6 +11,7 @@ namespace cuda {
 
 constexpr int kCopies = 4;  // words that a thread has on their way
 constexpr unsigned kCopyThreads = 256;
+constexpr unsigned kBlockWords = kCopyThreads * kCopies;  // of a block at a time
 
 // 32-bit numbers are enough for this many words; one more step of a block must stay below 2^31.
 constexpr int64_t kSmallCopy = (int64_t{1} << 31) - 1024 * kCopies;
@@ -165,12 +166,12 @@ __device__ inline void gather_sample(const GatherTokensArgs& a, int64_t sample, 
 // copy(Word, Index, row_words, words, grid): launches blocks that take a part of the words each.
 template <class Copy>
 cudaError_t launch_copy(uint64_t bits, int64_t rows, int64_t row_bytes, const Copy& copy) {
-  constexpr int64_t kEach = kCopyThreads * kCopies;
   cudaError_t error = cudaSuccess;
   with_word(bits | static_cast<uint64_t>(row_bytes), [&](auto word) {
     const int64_t row_words = row_bytes / static_cast<int64_t>(sizeof(word));
     const int64_t words = rows * row_words;
-    const Grid grid = {dim3(static_cast<unsigned>(ceil_div(words, kEach))), kCopyThreads};
+    const Grid grid = {dim3(static_cast<unsigned>(ceil_div<int64_t>(words, kBlockWords))),
+                       kCopyThreads};
     error = words < kSmallCopy ? copy(word, uint32_t{}, row_words, words, grid)
                                : copy(word, uint64_t{}, row_words, words, grid);
   });
@@ -180,9 +181,8 @@ cudaError_t launch_copy(uint64_t bits, int64_t rows, int64_t row_bytes, const Co
 // A block's words of `all`.
 template <class Index>
 __device__ Words<Index> words_of_block(Index all, Index row_words, const Divisor<Index>& row) {
-  constexpr Index kEach = kCopyThreads * kCopies;
-  const Index begin = static_cast<Index>(blockIdx.x) * kEach;
-  return {row_words, begin, all - begin < kEach ? all : begin + kEach, row};
+  const Index begin = static_cast<Index>(blockIdx.x) * kBlockWords;
+  return {row_words, begin, all - begin < kBlockWords ? all : begin + kBlockWords, row};
 }
 
 }  // namespace cuda

@@ -148,9 +148,9 @@ class Scorer : public StagedRows<kType, kTiles> {
   template <class Body>
   __device__ void take_columns(const Body& body) {
     halve_columns<kTiles, 2>();
-    const int first = static_cast<int>(lane_again() % 4) * kEach;
+    const int first = static_cast<int>(lane_again() % 4) * kOwnTiles;
 #pragma unroll
-    for (int i = 0; i < 2 * kEach; ++i) {
+    for (int i = 0; i < 2 * kOwnTiles; ++i) {
       const int tile = first + i / 2;
       const int n = key_of(tile, i % 2);
       if (tile < m.key_tiles && n < this->end) body(n, counts(tile, i % 2) ? column[i] : 0.0f);
@@ -160,7 +160,7 @@ class Scorer : public StagedRows<kType, kTiles> {
 
  private:
   using Rows::counts, Rows::for_each_tile, Rows::key_of, Rows::kWide, Rows::m, Rows::word_of;
-  static constexpr int kEach = kTiles / 4;  // tiles whose columns a lane writes
+  static constexpr int kOwnTiles = kTiles / 4;  // tiles whose columns a lane writes
 
   float column[2 * kTiles];  // of this lane's keys: sums over its queries
   unsigned matrix_words;     // where this lane's row of a matrix is: of queries, << 8 of keys

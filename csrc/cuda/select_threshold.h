@@ -95,7 +95,7 @@ class ThresholdSearch {
 
   // The same as find for the few keys in [low, high], each compared with each.
   __device__ Threshold rank(uint32_t low, uint32_t high, unsigned inside, unsigned wanted) {
-    constexpr int kEach = kFewKeys / kWarp;
+    constexpr int kOwnKeys = kFewKeys / kWarp;
     uint32_t* const few = kTogether ? s.few : s.all;
     if (threadIdx.x == 0) s.few_count = 0;
     __syncthreads();
@@ -113,15 +113,15 @@ class ThresholdSearch {
       }
       __syncthreads();
     }
-    uint32_t own[kEach];  // this lane's, of each 32; 0 is no key
+    uint32_t own[kOwnKeys];  // this lane's, of each 32; 0 is no key
 #pragma unroll
-    for (int j = 0; j < kEach; ++j)
+    for (int j = 0; j < kOwnKeys; ++j)
       own[j] = j * kWarp + lane() < inside ? s.all[j * kWarp + lane()] : 0;
     for (unsigned i = warp(); i < inside; i += warps()) {
       const uint32_t key = s.all[i];
       unsigned above = 0, equal = 0, equal_before = 0;
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) {
+      for (int j = 0; j < kOwnKeys; ++j) {
         above += own[j] > key;
         equal += own[j] == key;
         equal_before += own[j] == key && j * kWarp + lane() < i;

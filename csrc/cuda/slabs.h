@@ -19,8 +19,8 @@ constexpr int kMostPlaces = 3;
 template <class T, bool kStay>
 class Slabs {
  public:
-  static constexpr int kEach = 16 / sizeof(T);  // features of a word
-  static constexpr int kFeatures = kWords * kEach;
+  static constexpr int kWordFeatures = 16 / sizeof(T);  // features of a word
+  static constexpr int kFeatures = kWords * kWordFeatures;
   __host__ __device__ static int64_t count_of(int64_t width) {  // of all features
     return ceil_div<int64_t>(width, kFeatures);
   }
@@ -84,20 +84,20 @@ class Slabs {
   }
 
   // One word of a row, of one of the slabs that `next` brought.
-  __device__ void word_of(int slab, unsigned i, int word, float (&x)[kEach]) const {
+  __device__ void word_of(int slab, unsigned i, int word, float (&x)[kWordFeatures]) const {
     if (kStay || places > 0) {
       const char* rows = shared + static_cast<int64_t>(kStay ? slab : place) * tokens * kPitch;
       unpack(*reinterpret_cast<const uint4*>(rows + inside(i, word)), x);
     } else {
-      unpack(fetch(i, static_cast<int64_t>(now) * kFeatures + word * kEach), x);
+      unpack(fetch(i, static_cast<int64_t>(now) * kFeatures + word * kWordFeatures), x);
     }
   }
 
   // One word of a row, of all words that this block takes; needs no `next`.
   __device__ int words() const { return count * kWords; }
-  __device__ void any_word_of(unsigned i, int word, float (&x)[kEach]) const {
+  __device__ void any_word_of(unsigned i, int word, float (&x)[kWordFeatures]) const {
     if constexpr (kStay) word_of(word / kWords, i, word % kWords, x);
-    else unpack(fetch(i, static_cast<int64_t>(word) * kEach), x);
+    else unpack(fetch(i, static_cast<int64_t>(word) * kWordFeatures), x);
   }
 
  private:
@@ -120,20 +120,21 @@ class Slabs {
   // From feature `d` on, from memory; 0 behind the last.
   __device__ uint4 fetch(unsigned i, int64_t d) const {
     const char* from = row(i);
-    if (in_words && d + kEach <= width) return *reinterpret_cast<const uint4*>(from + d * kSize);
-    T x[kEach];
+    if (in_words && d + kWordFeatures <= width)
+      return *reinterpret_cast<const uint4*>(from + d * kSize);
+    T x[kWordFeatures];
 #pragma unroll
-    for (int k = 0; k < kEach; ++k)
+    for (int k = 0; k < kWordFeatures; ++k)
       x[k] = d + k < width ? *reinterpret_cast<const T*>(from + (d + k) * element_bytes) : T{};
     uint4 word;
     memcpy(&word, x, sizeof word);
     return word;
   }
-  static __device__ void unpack(uint4 word, float (&x)[kEach]) {
-    T each[kEach];
+  static __device__ void unpack(uint4 word, float (&x)[kWordFeatures]) {
+    T each[kWordFeatures];
     memcpy(each, &word, sizeof word);
 #pragma unroll
-    for (int k = 0; k < kEach; ++k) x[k] = to_float(each[k]);
+    for (int k = 0; k < kWordFeatures; ++k) x[k] = to_float(each[k]);
   }
 
   __device__ void stage(int slab, int to) {
@@ -142,9 +143,9 @@ class Slabs {
     for (unsigned at = threadIdx.x; at < tokens * kWords; at += kSlabThreads) {
       const unsigned i = by_token ? at % tokens : at / kWords;
       const unsigned word = by_token ? at / tokens : at % kWords;
-      const int64_t d = static_cast<int64_t>(first + slab) * kFeatures + word * kEach;
+      const int64_t d = static_cast<int64_t>(first + slab) * kFeatures + word * kWordFeatures;
       char* const there = rows + inside(i, static_cast<int>(word));
-      if (in_words && d + kEach <= width) copy_async_16(there, row(i) + d * kSize);
+      if (in_words && d + kWordFeatures <= width) copy_async_16(there, row(i) + d * kSize);
       else *reinterpret_cast<uint4*>(there) = fetch(i, d);
     }
     copy_async_commit();

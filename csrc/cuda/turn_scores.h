@@ -14,7 +14,7 @@ constexpr int kTurnRowTiles = 4;                     // of a chunk
 constexpr int kTurnPassTiles = 2;                    // of these, whose logits a warp keeps
 constexpr int kPartRows = kTurnRowTiles * kRowTile;  // whose sums a block makes at a time
 constexpr int64_t kMostParts = 32;                   // of the rows of a head, times those of keys
-constexpr int64_t kMostRows = 512;                   // of a head, in one turn: leaves more samples
+constexpr int64_t kTurnRows = 512;                   // of a head, in one turn: leaves more samples
 constexpr unsigned kTurnWarps = 8;                   // of a block, at most
 
 // How samples, heads and rows are taken in turns, and keys apart.
