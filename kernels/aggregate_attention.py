@@ -146,18 +146,14 @@ def launch(
     by_head = attention if head_index is None else head_index.contiguous()
     in_turns = logits and not in_row
     held = turns.SCRATCH // (2 if in_turns else 1)  # for statistics, and for sums of heads
-    samples = 0  # whose heads are summed apart at a time
-    if not apart:
-        samples = turns.samples_apart(device, heads, batch * blocks, 8 * heads * tokens, held)
+    samples = turns.samples_apart(scores, heads, batch * blocks, torch.float64.itemsize, held)
     room = held // 8 if in_turns else batch * heads * selected
     every = turns.turns(batch, heads, selected, room, samples or None)
     largest = every[0]
-    stats = parts = scores
+    stats = scores
     if in_turns:
         stats = scores.new_empty(largest.samples * largest.heads * largest.rows * 2)
-    if samples:
-        number = largest.samples * largest.heads * tokens
-        parts = scores.new_empty(number, dtype=torch.float64)
+    sums = turns.Sums(scores, every, samples > 0, factor, torch.float64)
     with torch.cuda.device_of(attention):
         for turn in every:
             place = (turn.sample, turn.head, turn.row, turn.heads, turn.rows)
@@ -168,25 +164,15 @@ def launch(
                     BLOCK=chosen["block"],
                     **options(chosen["num_warps"], all_registers=True),
                 )
-            begun = turn.row > 0 or (turn.head > 0 and not apart)
-            ended = turn.row + turn.rows == selected and turn.head + turn.heads == heads
-            own_factor = factor if ended else 1.0
-            out = scores[turn.sample : turn.sample + turn.samples]
-            if samples:
-                to = parts[: turn.samples * turn.heads * tokens].view(turn.samples, -1, tokens)
-            else:
-                to = out[:, turn.head :] if apart else out
-            alone = apart or samples > 0
-            aggregate_attention_kernel[(blocks, turn.heads if alone else 1, turn.samples)](
+            to, programs, how = sums.place(turn)
+            aggregate_attention_kernel[(blocks, programs, turn.samples)](
                 *(attention, index, by_head, stats, to, queries, selected, tokens, *strides),
-                *(*place, int(alone), to.stride(0), int(begun and not samples)),
-                1.0 if samples else own_factor,
+                *(*place, *how),
                 INDEXED=query_index is not None,
                 BY_HEAD=head_index is not None,
                 LOGITS=0 if not logits else 1 if in_row else 2,
                 BLOCK=block,
                 **options(chosen["num_warps"], all_registers=True),
             )
-            if samples:
-                turns.sum_heads(to, out, begun, own_factor)
+            sums.add_up(turn)
     return scores

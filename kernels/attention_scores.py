@@ -247,45 +247,41 @@ def launch(
     fits = kept and loads * block * block_width * size <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
         if block <= longest("attention_scores", key.device) and fits:
-            _at_once(scores, apart, factor, heads, common, kinds, block, chosen)
+            _at_once(scores, factor, heads, common, kinds, block, chosen)
         else:
-            _in_turns(scores, apart, factor, heads, selected, common, kinds)
+            _in_turns(scores, factor, heads, selected, common, kinds)
     return scores
 
 
 def _at_once(
-    scores: Tensor, apart: bool, factor: float, heads: int, common: tuple, kinds: dict,
-    block: int, chosen: dict,
-) -> None:  # fmt: skip
+    scores: Tensor, factor: float, heads: int, common: tuple, kinds: dict, block: int, chosen: dict
+) -> None:
     """Writes the sums of keys that are read once."""
     inputs, sizes = common
-    batch, tokens = scores.shape[0], scores.shape[-1]
-    samples, parts = 0, scores  # heads summed apart, of so many samples at a time
-    if not apart:
-        sample_bytes = 4 * heads * tokens
-        samples = turns.samples_apart(scores.device, heads, batch, sample_bytes, turns.SCRATCH)
-    if samples:
-        samples = min(samples, batch)
-        parts = scores.new_empty((samples, heads, tokens))
-    for sample in range(0, batch, samples or batch):
-        number = min(samples or batch, batch - sample)
-        attention_scores_kernel[(number, heads if apart or samples else 1)](
-            *(*inputs, parts, *sizes, sample, int(apart or samples > 0)),
-            *(parts.stride(0), 1.0 if samples else factor),
+    batch, selected = scores.shape[0], sizes[3]
+    samples = turns.samples_apart(scores, heads, batch, scores.itemsize, turns.SCRATCH)
+    each = min(samples or batch, batch)
+    every = [
+        turns.Turn(sample, min(each, batch - sample), 0, heads, 0, selected)
+        for sample in range(0, batch, each)
+    ]
+    sums = turns.Sums(scores, every, samples > 0, factor, scores.dtype)
+    for turn in every:
+        to, programs, (apart, stride, _, own_factor) = sums.place(turn)
+        attention_scores_kernel[(turn.samples, programs)](
+            *(*inputs, to, *sizes, turn.sample, apart, stride, own_factor),
             **kinds,
             BLOCK=block,
             BLOCK_ROWS=chosen["rows"],
             num_stages=chosen["num_stages"],
             **options(chosen["num_warps"], all_registers=True),
         )
-        if samples:
-            turns.sum_heads(parts[:number], scores[sample : sample + number], False, factor)
+        sums.add_up(turn)
 
 
 def _in_turns(
-    scores: Tensor, apart: bool, factor: float, heads: int, selected: int, common: tuple,
-    kinds: dict,
-) -> None:  # fmt: skip
+    scores: Tensor, factor: float, heads: int, selected: int, common: tuple, kinds: dict
+) -> None:
     """Writes the sums of longer keys, by the statistics of rows."""
     inputs, sizes = common
     batch, tokens = scores.shape[0], scores.shape[-1]
@@ -299,14 +295,11 @@ def _in_turns(
     splits = min(splits, of_splits["splits"])
     split_tokens = triton.cdiv(triton.cdiv(tokens, of_rows["tokens"]), splits) * of_rows["tokens"]
     held = turns.SCRATCH // 2  # for the statistics, and for sums of heads
-    samples, programs = 0, batch * blocks
-    if not apart:
-        samples = turns.samples_apart(key.device, heads, programs, 4 * heads * tokens, held)
+    samples = turns.samples_apart(scores, heads, batch * blocks, scores.itemsize, held)
     every = turns.turns(batch, heads, selected, held // (8 * splits), samples or None)
     largest = every[0]
     stats = scores.new_empty((largest.samples * largest.heads * splits * largest.rows, 2))
-    if samples:
-        parts = scores.new_empty(largest.samples * largest.heads * tokens)
+    sums = turns.Sums(scores, every, samples > 0, factor, scores.dtype)
     for turn in every:
         place = (turn.sample, turn.head, turn.row, turn.rows)
         of_statistics = _blocks(of_rows, selected)
@@ -317,23 +310,14 @@ def _in_turns(
             **of_statistics,
             SPLITS=splits,
         )
-        begun = turn.row > 0 or (turn.head > 0 and not apart)
-        ended = turn.row + turn.rows == selected and turn.head + turn.heads == heads
-        own_factor = factor if ended else 1.0
-        out = scores[turn.sample : turn.sample + turn.samples]
-        if samples:
-            to = parts[: turn.samples * turn.heads * tokens].view(turn.samples, -1, tokens)
-        else:
-            to = out[:, turn.head :] if apart else out
-        column_sums_kernel[(blocks, turn.heads if apart or samples else 1, turn.samples)](
-            *(*inputs, stats, to, *sizes, *place, turn.heads, int(apart or samples > 0)),
-            *(to.stride(0), int(begun and not samples), 1.0 if samples else own_factor),
+        to, programs, how = sums.place(turn)
+        column_sums_kernel[(blocks, programs, turn.samples)](
+            *(*inputs, stats, to, *sizes, *place, turn.heads, *how),
             **kinds,
             **_blocks(of_columns, selected),
             SPLITS=splits,
         )
-        if samples:
-            turns.sum_heads(to, out, begun, own_factor)
+        sums.add_up(turn)
 
 
 def _blocks(chosen: dict[str, int], selected: int) -> dict[str, int]:

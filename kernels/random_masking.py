@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gather_tokens import as_words
 from .launching import copied, in_registers, longest
 from .selection import chosen_of_chunk, keys_of_chunk, ordered, rows_of, threshold_of_long, top
+from .words import as_words
 
 
 @triton.jit

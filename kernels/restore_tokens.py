@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gather_tokens import as_words
 from .launching import copied
+from .words import as_words
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "width_visible", "width_masked"])

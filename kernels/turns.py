@@ -48,18 +48,19 @@ def turns(batch: int, heads: int, rows: int, room: int, samples: int | None = No
     ]
 
 
-def samples_apart(
-    device: torch.device, heads: int, programs: int, sample_bytes: int, room: int
-) -> int:
+def samples_apart(scores: Tensor, heads: int, programs: int, size: int, room: int) -> int:
     """Returns how many samples at a time have their heads summed apart; 0: in one program each.
 
     Args:
+        scores: (B, N), or (B, H, N) of heads that nobody adds up.
         programs: that would start otherwise.
-        sample_bytes: of the sums of a sample's heads.
-        room: bytes for them.
+        size: bytes of a sum.
+        room: bytes for the sums of heads.
     """
-    fills = setting("sum_heads", device)["programs"]
-    return 0 if heads == 1 or 2 * programs > fills else room // sample_bytes
+    fills = setting("sum_heads", scores.device)["programs"]
+    if scores.dim() == 3 or heads == 1 or 2 * programs > fills:
+        return 0
+    return room // (size * heads * scores.shape[-1])
 
 
 @triton.jit(do_not_specialize=["number", "adds"])
@@ -85,3 +86,59 @@ def sum_heads(parts: Tensor, out: Tensor, adds: bool, factor: float) -> None:
         BLOCK=chosen["block"],
         **options(chosen["num_warps"]),
     )
+
+
+class Sums:
+    """Where turns leave their column sums: in scores, or those of each head apart, then added up.
+
+    Args:
+        scores: (B, N), or (B, H, N) of heads that nobody adds up.
+        every: turns, in their order.
+        apart: whether heads that are added up have sums of their own first.
+        factor: of the whole sum.
+        dtype: of the sums of heads.
+    """
+
+    def __init__(
+        self, scores: Tensor, every: list[Turn], apart: bool, factor: float, dtype: torch.dtype
+    ) -> None:
+        self.scores, self.last, self.factor = scores, every[-1], factor
+        self.alone = apart or scores.dim() == 3  # whether heads have programs of their own
+        self.parts = None
+        if apart:
+            largest = every[0]
+            number = largest.samples * largest.heads * scores.shape[-1]
+            self.parts = scores.new_empty(number, dtype=dtype)
+
+    def place(self, turn: Turn) -> tuple[Tensor, int, tuple[int, int, int, float]]:
+        """Returns where a turn's kernel writes, the programs along its heads, and the arguments.
+
+        These are whether heads are apart, the stride of samples, whether it adds, and the factor.
+        """
+        heads = turn.heads if self.alone else 1
+        if self.parts is not None:
+            to = self._parts(turn)
+            return to, heads, (1, to.stride(0), 0, 1.0)
+        to = self._out(turn)
+        to = to[:, turn.head :] if self.alone else to
+        adds, factor = int(self._begun(turn)), self._own_factor(turn)
+        return to, heads, (int(self.alone), to.stride(0), adds, factor)
+
+    def add_up(self, turn: Turn) -> None:
+        """Adds up a turn's sums of heads, where they are apart, in their order."""
+        if self.parts is not None:
+            sum_heads(self._parts(turn), self._out(turn), self._begun(turn), self._own_factor(turn))
+
+    def _out(self, turn: Turn) -> Tensor:
+        return self.scores[turn.sample : turn.sample + turn.samples]
+
+    def _parts(self, turn: Turn) -> Tensor:
+        tokens = self.scores.shape[-1]
+        return self.parts[: turn.samples * turn.heads * tokens].view(turn.samples, -1, tokens)
+
+    def _begun(self, turn: Turn) -> bool:
+        return turn.row > 0 or (turn.head > 0 and self.scores.dim() == 2)
+
+    def _own_factor(self, turn: Turn) -> float:
+        ended = (turn.head, turn.row) == (self.last.head, self.last.row)
+        return self.factor if ended else 1.0
