@@ -217,5 +217,5 @@ def _gather_back(
                 BLOCK_FLAGS=several["flags"],
                 BLOCK_IDS=several["ids"],
                 BLOCK_WIDTH=several["width"],
-                **options(several["num_warps"]),
+                **options(several["num_warps"], all_registers=True),
             )

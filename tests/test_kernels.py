@@ -58,7 +58,7 @@ def rows(ended: subprocess.CompletedProcess, spills: int = 0) -> list[tuple[str,
     """Returns (kernel, architecture) of a report's lines, all of which must fit the machine.
 
     Args:
-        spills: bytes that are allowed.
+        spills: bytes that are allowed, but on sm_90.
     """
     assert ended.returncode == 0, ended.stdout + ended.stderr
     row = r"^\| (\w+)\b[^|]*\| sm_(\w+) \| (\d+) \| (\d+) \| (\d+) \|$"
@@ -66,7 +66,7 @@ def rows(ended: subprocess.CompletedProcess, spills: int = 0) -> list[tuple[str,
     for name, architecture, registers, shared, spilled in found:
         most = MOST_SHARED.get(architecture[:2], MOST_SHARED["90"])
         assert int(registers) > 0, name
-        assert int(spilled) <= spills, (name, architecture, spilled)
+        assert int(spilled) <= (spills if architecture != "90" else 0), (name, architecture)
         assert int(shared) <= most, (name, architecture, shared)
     return [(name, architecture) for name, architecture, *_ in found]
 
@@ -75,7 +75,7 @@ def rows(ended: subprocess.CompletedProcess, spills: int = 0) -> list[tuple[str,
 def test_triton_kernels_compile_without_spills() -> None:
     """For three architectures, in the variants that the benchmarks' shapes start."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
-    # the compilers of older ones leave a few bytes of some kernels (3.6: 64 at most)
+    # the compilers of older ones leave a few bytes of some kernels (3.6: 64 at most, none on sm_90)
     older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
     spills = 64 if older else 0
     architectures = ("--architectures", *map(str, ARCHITECTURES))
