@@ -157,6 +157,10 @@ def _cases() -> dict[str, list[tuple]]:
         for dtype, width in heads_of
     ]
     every_option.append((strided[:, :, :64], strided, *indices[:2], indices[2][:, :300]))
+    for width in (16, 64):  # features that lie apart
+        keys = empty(2, 4, width, 3000, dtype=half).mT
+        every_option.append((empty(2, 4, 64, width, dtype=half), keys, *indices))
+        every_option.append((keys[:, :, :64], keys[:, :, :300], *indices[:2], None))
     map_ = empty(2, 8, 256, 1024, dtype=half)
     no_share, none = (0.0, None), None
     scores, long, longer = empty(2, 1024), empty(2, 16384), empty(2, 65536)
@@ -179,6 +183,8 @@ def _cases() -> dict[str, list[tuple]]:
             (map_, index, heads, "mean", True),
             (map_.half(), index, heads, "mean", True),
             (map_.half(), none, none, "none", False),
+            (map_.mT, index, heads, "mean", True),
+            (empty(2, 8, 9000, 64, dtype=half).mT, index, heads, "mean", True),
             (empty(2, 8, 64, 1000, dtype=half), index, heads, "mean", False),
             (empty(2, 8, 64, 2000), index, heads, "mean", True),
             (empty(2, 8, 64, 4000, dtype=half), none, none, "none", True),

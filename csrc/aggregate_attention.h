@@ -53,7 +53,7 @@ void aggregate_attention_of(const AggregateAttentionArgs& a) {
 
   const auto row_of = [&](int64_t b, int64_t i) -> const T* {  // null where nothing is selected
     const int64_t head = i / a.selected, r = i % a.selected;
-    const int64_t query = a.query_index == nullptr ? r : a.query_index[b * a.selected + r];
+    const int64_t query = a.query_index == nullptr ? r : a.query_index[b * a.index_stride + r];
     if (query < 0) return nullptr;
     if (a.head_index != nullptr && a.head_index[b * a.selected + r] != head) return nullptr;
     return static_cast<const T*>(a.attention) + b * a.strides[0] + head * a.strides[1] +

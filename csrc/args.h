@@ -1,5 +1,6 @@
 // What Python hands over for each op: addresses, sizes and strides, in elements unless the name
-// says bytes. No torch here. Two-dimensional inputs (ids, masks, scores, noise) are contiguous.
+// says bytes. No torch here. Two-dimensional inputs (ids, masks, scores, noise) are contiguous, but
+// where a stride of samples stands beside them, 0 where all have the same row.
 #pragma once
 #include <cstdint>
 
@@ -15,6 +16,7 @@ struct AttentionScoresArgs {
   int64_t batch, heads, kv_heads, queries, tokens, selected, width;
   int64_t query_strides[4], key_strides[4];
   const int64_t* query_index;  // (B, R), or null: all M in order
+  int64_t index_stride;        // of its samples
   const int64_t* head_index;   // (B, R), or null
   const uint8_t* padding;      // (B, N), or null
   float scale;
@@ -31,6 +33,7 @@ struct AggregateAttentionArgs {
   int64_t batch, heads, queries, tokens, selected;
   int64_t strides[4];
   const int64_t* query_index;  // (B, R), or null: all M in order
+  int64_t index_stride;        // of its samples
   const int64_t* head_index;   // (B, R), or null
   int reduce;
   bool logits;
@@ -52,7 +55,7 @@ struct SelectTokensArgs {
   double random_fraction;
   double pool_ratio;     // negative: none
   const int64_t* drawn;  // (B, drawn_width): tokens masked before all others
-  int64_t drawn_width;
+  int64_t drawn_width, drawn_stride;
   uint8_t* mask;             // (B, N)
   int64_t* ids_visible;      // (B, V)
   int64_t* ids_masked;       // (B, K)

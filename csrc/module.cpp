@@ -112,12 +112,16 @@ void check_length(const char* name, int64_t length) {
                           " tokens, allowed is below 2^31 - 4096 on the native backend");
 }
 
-// heads count only where a query is selected
-void check_heads(const int64_t* query_index, const int64_t* head_index, int64_t count,
-                 int64_t heads) {
-  for (int64_t i = 0; head_index != nullptr && i < count; ++i)
-    if (query_index == nullptr || query_index[i] >= 0)
-      check_index("head_index", head_index + i, 1, 0, heads);
+// Looks at the values of query_index and head_index; heads count only where a query is selected.
+template <class Args>
+void check_indices(const Args& a) {
+  const int64_t *index = a.query_index, *heads = a.head_index;
+  for (int64_t b = 0; index != nullptr && b < (a.index_stride == 0 ? 1 : a.batch); ++b)
+    check_index("query_index", index + b * a.index_stride, a.selected, -1, a.queries);
+  for (int64_t b = 0; heads != nullptr && b < a.batch; ++b)
+    for (int64_t r = 0; r < a.selected; ++r)
+      if (index == nullptr || index[b * a.index_stride + r] >= 0)
+        check_index("head_index", heads + b * a.selected + r, 1, 0, a.heads);
 }
 
 void copy(const Four& from, int64_t* to) {
@@ -235,9 +239,10 @@ std::vector<std::string> cuda_ops() {
 AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_t batch,
                                    int64_t heads, int64_t kv_heads, int64_t queries, int64_t tokens,
                                    int64_t selected, int64_t width, const Four& query_strides,
-                                   const Four& key_strides, Address query_index, Address head_index,
-                                   Address padding, double scale, int reduce, Address scores,
-                                   const Scratch& scratch, const Where& where) {
+                                   const Four& key_strides, Address query_index,
+                                   int64_t index_stride, Address head_index, Address padding,
+                                   double scale, int reduce, Address scores, const Scratch& scratch,
+                                   const Where& where) {
   AttentionScoresArgs a = {};
   a.query = at<void>(query);
   a.key = at<void>(key);
@@ -252,6 +257,7 @@ AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_
   copy(query_strides, a.query_strides);
   copy(key_strides, a.key_strides);
   a.query_index = at<int64_t>(query_index);
+  a.index_stride = index_stride;
   a.head_index = at<int64_t>(head_index);
   a.padding = at<uint8_t>(padding);
   a.scale = static_cast<float>(scale);
@@ -261,10 +267,7 @@ AttentionScoresArgs attention_args(Address query, Address key, int dtype, int64_
   a.scratch_bytes = scratch[1];
   a.threads = threads_of(where);
   check_length("key", tokens);
-  if (!on_cpu(where)) return a;
-  if (a.query_index != nullptr)
-    check_index("query_index", a.query_index, batch * selected, -1, queries);
-  check_heads(a.query_index, a.head_index, batch * selected, heads);
+  if (on_cpu(where)) check_indices(a);
   return a;
 }
 
@@ -328,18 +331,20 @@ GatherTokensArgs gather_args(const Gather& g, int64_t batch, int64_t tokens, int
 void attention_scores(Address query, Address key, int dtype, int64_t batch, int64_t heads,
                       int64_t kv_heads, int64_t queries, int64_t tokens, int64_t selected,
                       int64_t width, const Four& query_strides, const Four& key_strides,
-                      Address query_index, Address head_index, Address padding, double scale,
-                      int reduce, Address scores, const Scratch& scratch, const Where& where) {
-  const AttentionScoresArgs a = attention_args(
-      query, key, dtype, batch, heads, kv_heads, queries, tokens, selected, width, query_strides,
-      key_strides, query_index, head_index, padding, scale, reduce, scores, scratch, where);
+                      Address query_index, int64_t index_stride, Address head_index,
+                      Address padding, double scale, int reduce, Address scores,
+                      const Scratch& scratch, const Where& where) {
+  const AttentionScoresArgs a =
+      attention_args(query, key, dtype, batch, heads, kv_heads, queries, tokens, selected, width,
+                     query_strides, key_strides, query_index, index_stride, head_index, padding,
+                     scale, reduce, scores, scratch, where);
   run("attention_scores", kernels()->attention_scores, SMA_CUDA(attention_scores), a, where);
 }
 
 void aggregate_attention(Address attention, int dtype, int64_t batch, int64_t heads,
                          int64_t queries, int64_t tokens, int64_t selected, const Four& strides,
-                         Address query_index, Address head_index, int reduce, bool logits,
-                         Address scores, const Where& where) {
+                         Address query_index, int64_t index_stride, Address head_index, int reduce,
+                         bool logits, Address scores, const Where& where) {
   AggregateAttentionArgs a = {};
   a.attention = at<void>(attention);
   a.dtype = dtype;
@@ -350,14 +355,13 @@ void aggregate_attention(Address attention, int dtype, int64_t batch, int64_t he
   a.selected = selected;
   copy(strides, a.strides);
   a.query_index = at<int64_t>(query_index);
+  a.index_stride = index_stride;
   a.head_index = at<int64_t>(head_index);
   a.reduce = reduce;
   a.logits = logits;
   a.scores = at<float>(scores);
   a.threads = threads_of(where);
-  if (a.query_index != nullptr)
-    check_index("query_index", a.query_index, batch * selected, -1, queries);
-  check_heads(a.query_index, a.head_index, batch * selected, heads);
+  check_indices(a);
   run(kernels()->aggregate_attention, a);
 }
 
@@ -473,17 +477,18 @@ void restore_tokens_backward(Address grad, int dtype, int64_t batch, int64_t tok
 void self_guided_masking(Address query, Address key, int dtype, int64_t batch, int64_t heads,
                          int64_t kv_heads, int64_t queries, int64_t tokens, int64_t selected,
                          int64_t width, const Four& query_strides, const Four& key_strides,
-                         Address query_index, Address head_index, Address padding, double scale,
-                         int reduce, Address scores, const Scratch& scratch, Address noise,
-                         int64_t width_visible, int64_t width_masked, double mask_ratio,
-                         bool mask_queries, double random_fraction, double pool_ratio, Address mask,
+                         Address query_index, int64_t index_stride, Address head_index,
+                         Address padding, double scale, int reduce, Address scores,
+                         const Scratch& scratch, Address noise, int64_t width_visible,
+                         int64_t width_masked, double mask_ratio, bool mask_queries,
+                         double random_fraction, double pool_ratio, Address mask,
                          Address ids_visible, Address ids_masked, Address ids_restore,
                          Address out_num_visible, Address out_num_masked,
                          const std::vector<Gather>& gathers, const Where& where) {
   SelfGuidedMaskingArgs a = {};
   a.attention = attention_args(query, key, dtype, batch, heads, kv_heads, queries, tokens, selected,
-                               width, query_strides, key_strides, query_index, head_index, padding,
-                               scale, reduce, scores, scratch, where);
+                               width, query_strides, key_strides, query_index, index_stride,
+                               head_index, padding, scale, reduce, scores, scratch, where);
   a.select =
       select_args(scores, kFloat32, padding, noise, batch, tokens, width_visible, width_masked,
                   mask_ratio, 0, 0, random_fraction, pool_ratio, mask, ids_visible, ids_masked,
@@ -494,6 +499,7 @@ void self_guided_masking(Address query, Address key, int dtype, int64_t batch, i
       throw py::value_error("mask_queries: got True, allowed where queries and keys are as many");
     a.select.drawn = a.attention.query_index;
     a.select.drawn_width = selected;
+    a.select.drawn_stride = index_stride;
   }
   if (gathers.size() > kMaxTokenTensors)
     throw py::value_error("tokens: got " + std::to_string(gathers.size()) +

@@ -92,7 +92,7 @@ class SampleScores {
   int parity = 0;
 
   int64_t query_of(int64_t sample, int64_t r) const {
-    return a.query_index == nullptr ? r : a.query_index[sample * a.selected + r];
+    return a.query_index == nullptr ? r : a.query_index[sample * a.index_stride + r];
   }
 
   // Rows of queries lie far apart: those of a later sample are asked of memory ahead.

@@ -111,7 +111,7 @@ inline void choose_row(const SelectTokensArgs& a, int64_t b, const SelectScratch
     // masked before all others: their keys become that of +inf
     uint8_t* first = s.flags;  // over all tokens
     memset(first, 0, a.tokens);
-    const int64_t* drawn = a.drawn + b * a.drawn_width;
+    const int64_t* drawn = a.drawn + b * a.drawn_stride;
     for (int64_t r = 0; r < a.drawn_width; ++r)
       if (drawn[r] >= 0) first[drawn[r]] = 1;
     const int32_t top = ordered(kInfinity);

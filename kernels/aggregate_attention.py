@@ -11,19 +11,28 @@ from torch import Tensor
 
 from . import turns
 from .launching import longest, options, power_of_2, setting
+from .selection import rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OF_TURNS = [
-    *("first_sample", "first_head", "first_row", "turn_heads", "rows"),
+    *("index_stride", "first_sample", "first_head", "first_row", "turn_heads", "rows"),
     *("heads_apart", "out_stride", "adds"),
 ]
 
 
+@triton.jit
+def place_of(token, stride, APART: tl.constexpr):
+    """Returns where tokens lie in a row, whose numbers lie side by side if not APART."""
+    if APART:
+        token = token.to(tl.int64) * stride
+    return token
+
+
 @triton.jit(do_not_specialize=_OF_TURNS)
 def statistics_kernel(
-    attention, query_index, stats, queries, selected, tokens, batch_stride, head_stride, row_stride,
-    first_sample, first_head, first_row, turn_heads, rows,
-    INDEXED: tl.constexpr, BLOCK: tl.constexpr,
+    attention, query_index, stats, queries, tokens, batch_stride, head_stride, row_stride,
+    token_stride, index_stride, first_sample, first_head, first_row, turn_heads, rows,
+    INDEXED: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the largest logit and 1 / the sum of exponentials of each row of a turn to stats.
 
@@ -33,21 +42,23 @@ def statistics_kernel(
     place = first_row + at % rows
     sample = first_sample + at // (rows * turn_heads)
     if INDEXED:
-        place = tl.load(query_index + sample * selected + place)
+        place = tl.load(query_index + sample * index_stride + place)
     head = first_head + at // rows % turn_heads
     row = sample * batch_stride + head * head_stride + place * row_stride
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
         mask = (token < tokens) & (place + token * 0 >= 0) & (place + token * 0 < queries)
-        x = tl.load(attention + row + token, mask=mask, other=float("-inf")).to(tl.float32)
+        at_token = attention + row + place_of(token, token_stride, APART)
+        x = tl.load(at_token, mask=mask, other=float("-inf")).to(tl.float32)
         largest = tl.maximum(largest, x, propagate_nan=tl.PropagateNan.ALL)
     most = tl.max(largest, 0)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
         mask = (token < tokens) & (place + token * 0 >= 0) & (place + token * 0 < queries)
-        x = tl.load(attention + row + token, mask=mask, other=float("-inf")).to(tl.float32)
+        at_token = attention + row + place_of(token, token_stride, APART)
+        x = tl.load(at_token, mask=mask, other=float("-inf")).to(tl.float32)
         total += tl.where(mask, tl.exp(x - most), 0.0)
     tl.store(stats + at * 2, most)
     tl.store(stats + at * 2 + 1, 1.0 / tl.sum(total, 0))
@@ -55,7 +66,7 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=_OF_TURNS)
 def aggregate_attention_kernel(
-    attention,  # (B, H, M, N), rows dense
+    attention,  # (B, H, M, N)
     query_index,  # (B, R), for INDEXED
     head_index,  # (B, R), for BY_HEAD
     stats,  # (samples, heads, rows, 2) of the turn, for LOGITS 2
@@ -66,6 +77,8 @@ def aggregate_attention_kernel(
     batch_stride,
     head_stride,
     row_stride,
+    token_stride,
+    index_stride,
     first_sample,
     first_head,
     first_row,
@@ -77,6 +90,7 @@ def aggregate_attention_kernel(
     factor,
     INDEXED: tl.constexpr,
     BY_HEAD: tl.constexpr,
+    APART: tl.constexpr,  # whether the numbers of a row do not lie side by side
     LOGITS: tl.constexpr,  # 0: no, 1: a block is a whole row, 2: by stats
     BLOCK: tl.constexpr,
 ):
@@ -92,16 +106,16 @@ def aggregate_attention_kernel(
         of_head = tl.zeros([BLOCK], tl.float64)  # there may be thousands of terms
         for row in range(0, rows):
             place = first_row + row + sample * 0
-            at = sample * selected + place
             of_row = head
             if BY_HEAD:
-                of_row = tl.load(head_index + at)
+                of_row = tl.load(head_index + sample * selected + place)
             if INDEXED:
-                place = tl.load(query_index + at)
+                place = tl.load(query_index + sample * index_stride + place)
             place = tl.where(of_row == head, place, -1)
             use = inside & (place + token * 0 >= 0) & (place + token * 0 < queries)
             start = sample * batch_stride + head * head_stride + place * row_stride
-            x = tl.load(attention + start + token, mask=use, other=0.0).to(tl.float32)
+            at_token = attention + start + place_of(token, token_stride, APART)
+            x = tl.load(at_token, mask=use, other=0.0).to(tl.float32)
             if LOGITS == 1:
                 x = tl.where(inside, x, float("-inf"))
                 e = tl.exp(x - tl.max(x, 0))
@@ -128,9 +142,6 @@ def launch(
     shape = (batch, heads, tokens) if apart else (batch, tokens)
     if 0 in (batch, heads, selected, tokens, queries):
         return torch.zeros(shape, dtype=torch.float32, device=attention.device)
-    if attention.stride(3) != 1 and tokens > 1:
-        attention = attention.contiguous()
-    strides = attention.stride()[:3]
     factor = 1.0 / heads if head_reduce == "mean" and head_index is None else 1.0
     device = attention.device
     in_row = logits and tokens <= longest("aggregate_attention.logits", device)
@@ -142,7 +153,9 @@ def launch(
         block = min(power_of_2(tokens), chosen["block"])
     blocks = triton.cdiv(tokens, block)
     scores = torch.empty(shape, dtype=torch.float32, device=device)
-    index = attention if query_index is None else query_index.contiguous()
+    index, index_stride = rows_of(query_index, attention)
+    strides = (*attention.stride(), index_stride)
+    kinds = {"INDEXED": query_index is not None, "APART": attention.stride(3) != 1 and tokens > 1}
     by_head = attention if head_index is None else head_index.contiguous()
     in_turns = logits and not in_row
     held = turns.SCRATCH // (2 if in_turns else 1)  # for statistics, and for sums of heads
@@ -159,8 +172,8 @@ def launch(
             place = (turn.sample, turn.head, turn.row, turn.heads, turn.rows)
             if in_turns:
                 statistics_kernel[(turn.samples * turn.heads * turn.rows,)](
-                    *(attention, index, stats, queries, selected, tokens, *strides, *place),
-                    INDEXED=query_index is not None,
+                    *(attention, index, stats, queries, tokens, *strides, *place),
+                    **kinds,
                     BLOCK=chosen["block"],
                     **options(chosen["num_warps"], all_registers=True),
                 )
@@ -168,7 +181,7 @@ def launch(
             aggregate_attention_kernel[(blocks, programs, turn.samples)](
                 *(attention, index, by_head, stats, to, queries, selected, tokens, *strides),
                 *(*place, *how),
-                INDEXED=query_index is not None,
+                **kinds,
                 BY_HEAD=head_index is not None,
                 LOGITS=0 if not logits else 1 if in_row else 2,
                 BLOCK=block,

@@ -16,13 +16,17 @@ from torch import Tensor
 from . import turns
 from .launching import longest, options, power_of_2, setting
 from .logits import keys_of_block, logits_of, rows_of_block
+from .selection import rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = 1.4426950408889634
 _DIVISOR = 8  # of features: in half types 16 bytes, which come at once
 
 # what changes from turn to turn is not worth another kernel
-_OF_TURNS = ["first_sample", "first_head", "first_row", "heads_apart", "rows", "out_stride", "adds"]
+_OF_TURNS = [
+    *("index_stride", "first_sample", "first_head", "first_row", "heads_apart", "rows"),
+    *("out_stride", "adds"),
+]
 
 
 @triton.jit(do_not_specialize=_OF_TURNS)
@@ -43,10 +47,13 @@ def attention_scores_kernel(
     query_batch_stride,
     query_head_stride,
     query_stride,
+    query_feature_stride,
     key_batch_stride,
     key_head_stride,
     key_stride,
+    key_feature_stride,
     padding_stride,
+    index_stride,
     first_sample,
     heads_apart,  # whether each head has a program and sums of its own
     out_stride,  # of samples
@@ -58,7 +65,7 @@ def attention_scores_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     KEPT: tl.constexpr,  # whether BLOCK_WIDTH is at least D
-    DIVISOR: tl.constexpr,  # of D and the strides of queries and keys
+    DIVISOR: tl.constexpr,  # of D and the strides of queries and keys; 0: features lie apart
 ):
     sample = tl.program_id(0).to(tl.int64) + first_sample
     first = tl.program_id(1)
@@ -67,17 +74,20 @@ def attention_scores_kernel(
         head = at_head + sample * 0  # 64 bits, as all that a stride multiplies
         k, keys, valid = keys_of_block(
             key, padding, sample, head // group, 0, tokens, width, key_batch_stride,
-            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH, DIVISOR,
+            key_head_stride, key_stride, key_feature_stride, padding_stride, PADDED, BLOCK,
+            BLOCK_WIDTH, DIVISOR,
         )  # fmt: skip
         of_head = tl.zeros([BLOCK], tl.float32)
         for row in range(0, selected, BLOCK_ROWS):
             q, vectors, use = rows_of_block(
-                query, query_index, head_index, sample, head, row, query_head_stride, query_stride,
-                query_batch_stride, queries, selected, selected, width,
+                query, query_index, head_index, sample, head, row, query_batch_stride,
+                query_head_stride, query_stride, query_feature_stride, index_stride, queries,
+                selected, selected, width,
                 INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH, DIVISOR,
             )  # fmt: skip
             s = logits_of(
-                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT, DIVISOR
+                k, keys, valid, q, vectors, use, width, key_feature_stride, query_feature_stride,
+                scale, BLOCK_WIDTH, KEPT, DIVISOR,
             )  # fmt: skip
             most = tl.max(s, 0)
             p = tl.exp2(s - tl.where(most == float("-inf"), 0.0, most)[None, :])
@@ -93,9 +103,9 @@ def attention_scores_kernel(
 @triton.jit(do_not_specialize=[*_OF_TURNS, "split_tokens"])
 def row_statistics_kernel(
     query, key, query_index, head_index, padding, stats, heads, group, queries, selected, tokens,
-    width, scale, query_batch_stride, query_head_stride, query_stride, key_batch_stride,
-    key_head_stride, key_stride, padding_stride, first_sample, first_head, first_row, rows,
-    split_tokens,
+    width, scale, query_batch_stride, query_head_stride, query_stride, query_feature_stride,
+    key_batch_stride, key_head_stride, key_stride, key_feature_stride, padding_stride, index_stride,
+    first_sample, first_head, first_row, rows, split_tokens,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     KEPT: tl.constexpr, DIVISOR: tl.constexpr, SPLITS: tl.constexpr,
@@ -110,8 +120,9 @@ def row_statistics_kernel(
     split = tl.program_id(0) % SPLITS
     block = tl.program_id(0) // SPLITS * BLOCK_ROWS
     q, vectors, use = rows_of_block(
-        query, query_index, head_index, sample, head, first_row + block, query_head_stride,
-        query_stride, query_batch_stride, queries, selected, first_row + rows, width,
+        query, query_index, head_index, sample, head, first_row + block, query_batch_stride,
+        query_head_stride, query_stride, query_feature_stride, index_stride, queries, selected,
+        first_row + rows, width,
         INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH, DIVISOR,
     )  # fmt: skip
     most = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -120,10 +131,12 @@ def row_statistics_kernel(
     for start in range(begin, tl.minimum(begin + split_tokens, tokens), BLOCK):
         k, keys, valid = keys_of_block(
             key, padding, sample, head // group, start, tokens, width, key_batch_stride,
-            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH, DIVISOR,
+            key_head_stride, key_stride, key_feature_stride, padding_stride, PADDED, BLOCK,
+            BLOCK_WIDTH, DIVISOR,
         )  # fmt: skip
         s = logits_of(
-            k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT, DIVISOR
+            k, keys, valid, q, vectors, use, width, key_feature_stride, query_feature_stride, scale,
+            BLOCK_WIDTH, KEPT, DIVISOR,
         )  # fmt: skip
         now = tl.maximum(most, tl.max(s, 0), propagate_nan=tl.PropagateNan.ALL)
         base = tl.where(now == float("-inf"), 0.0, now)
@@ -155,9 +168,9 @@ def statistics_of_rows(
 @triton.jit(do_not_specialize=[*_OF_TURNS, "turn_heads"])
 def column_sums_kernel(
     query, key, query_index, head_index, padding, stats, out, heads, group, queries, selected,
-    tokens, width, scale, query_batch_stride, query_head_stride, query_stride, key_batch_stride,
-    key_head_stride, key_stride, padding_stride, first_sample, first_head, first_row, rows,
-    turn_heads, heads_apart, out_stride, adds, factor,
+    tokens, width, scale, query_batch_stride, query_head_stride, query_stride, query_feature_stride,
+    key_batch_stride, key_head_stride, key_stride, key_feature_stride, padding_stride, index_stride,
+    first_sample, first_head, first_row, rows, turn_heads, heads_apart, out_stride, adds, factor,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     KEPT: tl.constexpr, DIVISOR: tl.constexpr, SPLITS: tl.constexpr,
@@ -176,19 +189,22 @@ def column_sums_kernel(
         head = first_head + turn_head + sample * 0  # 64 bits, as all that a stride multiplies
         k, keys, valid = keys_of_block(
             key, padding, sample, head // group, start, tokens, width, key_batch_stride,
-            key_head_stride, key_stride, padding_stride, PADDED, BLOCK, BLOCK_WIDTH, DIVISOR,
+            key_head_stride, key_stride, key_feature_stride, padding_stride, PADDED, BLOCK,
+            BLOCK_WIDTH, DIVISOR,
         )  # fmt: skip
         of_head = tl.zeros([BLOCK], tl.float32)
         for row in range(0, rows, BLOCK_ROWS):
             q, vectors, use = rows_of_block(
-                query, query_index, head_index, sample, head, first_row + row, query_head_stride,
-                query_stride, query_batch_stride, queries, selected, first_row + rows, width,
+                query, query_index, head_index, sample, head, first_row + row, query_batch_stride,
+                query_head_stride, query_stride, query_feature_stride, index_stride, queries,
+                selected, first_row + rows, width,
                 INDEXED, BY_HEAD, BLOCK_ROWS, BLOCK_WIDTH, DIVISOR,
             )  # fmt: skip
             list_ = tl.program_id(2) * turn_heads + turn_head
             most, weight = statistics_of_rows(stats, list_, row, rows, use, BLOCK_ROWS, SPLITS)
             s = logits_of(
-                k, keys, valid, q, vectors, use, width, scale, BLOCK_WIDTH, KEPT, DIVISOR
+                k, keys, valid, q, vectors, use, width, key_feature_stride, query_feature_stride,
+                scale, BLOCK_WIDTH, KEPT, DIVISOR,
             )  # fmt: skip
             p = tl.exp2(s - most[None, :])
             of_head += tl.sum(tl.where(use[None, :], p * weight[None, :], 0.0), 1)
@@ -213,17 +229,14 @@ def launch(
     shape = (batch, heads, tokens) if apart else (batch, tokens)
     if 0 in (batch, heads, queries, selected, tokens):
         return torch.zeros(shape, dtype=torch.float32, device=key.device)
-    query = query if query.stride(3) == 1 else query.contiguous()
-    key = key if key.stride(3) == 1 else key.contiguous()
     padding = key if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
-    index = key if query_index is None else query_index.contiguous()
+    index, index_stride = rows_of(query_index, key)
     by_head = key if head_index is None else head_index.contiguous()
     factor = 1.0 / heads if head_reduce == "mean" and head_index is None else 1.0
-    of_query = (0 if query.shape[0] == 1 else query.stride(0), query.stride(1), query.stride(2))
-    strides = (*of_query, *key.stride()[:3], tokens)
+    of_query = (0 if query.shape[0] == 1 else query.stride(0), *query.stride()[1:])
+    strides = (*of_query, *key.stride(), tokens, index_stride)
     sizes = (heads, heads // kv_heads, queries, selected, tokens, width, scale * _LOG2E)
-    every = (width, *of_query, *key.stride()[:3])
-    divisor = 1 if any(x % _DIVISOR for x in every) else _DIVISOR
+    divisor = _divisor(query, key)
     loaded = "attention_scores.features" if divisor > 1 else "attention_scores.unaligned"
     features = setting(loaded, key.device, key.element_size())
     kept = power_of_2(width) <= features["kept"]
@@ -251,6 +264,15 @@ def launch(
         else:
             _in_turns(scores, factor, heads, selected, common, kinds)
     return scores
+
+
+def _divisor(query: Tensor, key: Tensor) -> int:
+    if key.shape[3] > 1 and (query.stride(3), key.stride(3)) != (1, 1):
+        return 0
+    steps = [key.shape[3]]
+    for x in (query, key):
+        steps += [step for size, step in zip(x.shape[:3], x.stride(), strict=False) if size > 1]
+    return 1 if any(step % _DIVISOR for step in steps) else _DIVISOR
 
 
 def _at_once(

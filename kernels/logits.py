@@ -19,12 +19,15 @@ def multiple(x, OF: tl.constexpr):
 
 @triton.jit
 def features_of(
-    vectors, use, first, width, BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr
-):  # fmt: skip
+    vectors, use, first, width, stride, BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr
+):
     """Returns the features from `first` on of the vectors that are used, 0 for all others."""
     column = first + tl.arange(0, BLOCK_WIDTH)
+    place = column
+    if DIVISOR == 0:
+        place = column.to(tl.int64) * stride
     return tl.load(
-        vectors[:, None] + column[None, :],
+        vectors[:, None] + place[None, :],
         mask=use[:, None] & (column < multiple(width, DIVISOR))[None, :],
         other=0.0,
     )
@@ -32,8 +35,8 @@ def features_of(
 
 @triton.jit
 def rows_of_block(
-    query, query_index, head_index, sample, head, first, head_stride, row_stride, sample_stride,
-    queries, selected, last, width,
+    query, query_index, head_index, sample, head, first, sample_stride, head_stride, row_stride,
+    feature_stride, index_stride, queries, selected, last, width,
     INDEXED: tl.constexpr, BY_HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
@@ -47,18 +50,19 @@ def rows_of_block(
     if BY_HEAD:
         use &= tl.load(head_index + sample * selected + at, mask=use, other=-1) == head
     if INDEXED:
-        place = tl.load(query_index + sample * selected + at, mask=use, other=-1)
+        place = tl.load(query_index + sample * index_stride + at, mask=use, other=-1)
         use &= (place >= 0) & (place < queries)
     vectors = query + sample * multiple(sample_stride, DIVISOR)
     vectors += head * multiple(head_stride, DIVISOR) + place * multiple(row_stride, DIVISOR)
-    return features_of(vectors, use, 0, width, BLOCK_WIDTH, DIVISOR), vectors, use
+    q = features_of(vectors, use, 0, width, feature_stride, BLOCK_WIDTH, DIVISOR)
+    return q, vectors, use
 
 
 @triton.jit
 def keys_of_block(
     key, padding, sample, head, start, tokens, width, sample_stride, head_stride, token_stride,
-    padding_stride, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    feature_stride, padding_stride, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """Returns keys (BLOCK, BLOCK_WIDTH), where they begin, and which are valid."""
     token = start + tl.arange(0, BLOCK)
@@ -68,7 +72,8 @@ def keys_of_block(
     vectors = key + sample * multiple(sample_stride, DIVISOR)
     vectors += head * multiple(head_stride, DIVISOR)
     vectors += token.to(tl.int64) * multiple(token_stride, DIVISOR)
-    return features_of(vectors, valid, 0, width, BLOCK_WIDTH, DIVISOR), vectors, valid
+    k = features_of(vectors, valid, 0, width, feature_stride, BLOCK_WIDTH, DIVISOR)
+    return k, vectors, valid
 
 
 @triton.jit
@@ -81,7 +86,7 @@ def products(k, q):
 
 @triton.jit
 def logits_of(
-    k, keys, valid, q, vectors, use, width, scale,
+    k, keys, valid, q, vectors, use, width, key_feature_stride, query_feature_stride, scale,
     BLOCK_WIDTH: tl.constexpr, KEPT: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """Returns (tokens, rows) logits in powers of two, -inf for padding.
@@ -95,7 +100,7 @@ def logits_of(
         s = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
         for first in range(0, width, BLOCK_WIDTH):
             s += products(
-                features_of(keys, valid, first, width, BLOCK_WIDTH, DIVISOR),
-                features_of(vectors, use, first, width, BLOCK_WIDTH, DIVISOR),
+                features_of(keys, valid, first, width, key_feature_stride, BLOCK_WIDTH, DIVISOR),
+                features_of(vectors, use, first, width, query_feature_stride, BLOCK_WIDTH, DIVISOR),
             )
     return tl.where(valid[:, None], s * scale, float("-inf"))

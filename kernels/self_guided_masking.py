@@ -7,17 +7,22 @@ from torch import Tensor
 
 from . import attention_scores, gather_tokens, select_tokens
 from .launching import options, setting
+from .selection import rows_of
 
 DTYPES = attention_scores.DTYPES
 
 
 @triton.jit
-def mark_drawn_kernel(query_index, marks, total, selected, tokens, BLOCK: tl.constexpr):
+def mark_drawn_kernel(
+    query_index, marks, total, selected, index_stride, tokens, BLOCK: tl.constexpr
+):
     """Sets the bytes (B, N) of the drawn tokens to 1."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(query_index + at, mask=at < total, other=-1)
+    sample = at // selected
+    index = query_index + sample * index_stride + at % selected
+    token = tl.load(index, mask=at < total, other=-1)
     inside = (token >= 0) & (token < tokens)
-    tl.store(marks + at // selected * tokens + token, tl.full([BLOCK], 1, tl.uint8), mask=inside)
+    tl.store(marks + sample * tokens + token, tl.full([BLOCK], 1, tl.uint8), mask=inside)
 
 
 def launch(
@@ -41,14 +46,14 @@ def launch(
     )
     first = None
     if mask_queries:
-        query_index = query_index.contiguous()
+        index, index_stride = rows_of(query_index, scores)
         first = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
         total = query_index.numel()
         if total:
             chosen = setting("self_guided_masking", key.device)
             with torch.cuda.device_of(key):
                 mark_drawn_kernel[(triton.cdiv(total, chosen["block"]),)](
-                    *(query_index, first, total, query_index.shape[1], scores.shape[1]),
+                    *(index, first, total, query_index.shape[1], index_stride, scores.shape[1]),
                     BLOCK=chosen["block"],
                     **options(chosen["num_warps"]),
                 )

@@ -229,15 +229,16 @@ def query_index(index: Tensor | None, batch: int, queries: int, like: Tensor) ->
         )
     dense("query_index", index)
     dtype("query_index", index, INTS)
+    index = index.long()
     if index.dim() == 1:
-        index = index.unsqueeze(0).expand(batch, -1)
+        index = index.unsqueeze(0).expand(batch, -1)  # not copied
     if index.dim() != 2 or index.shape[0] != batch or index.shape[1] > queries:
         raise ValueError(
             f"query_index: got shape {tuple(index.shape)}, allowed is (R,) or ({batch}, R) with R "
             f"at most {queries}, the number of queries"
         )
     device("query_index", index, like)
-    return index.long()
+    return index
 
 
 def head_index(

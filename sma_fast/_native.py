@@ -112,9 +112,8 @@ def attention_scores(
     batch, _, tokens, _ = key.shape
     shape = (batch, query.shape[1], tokens) if head_reduce == "none" else (batch, tokens)
     scores = _empty(shape, torch.float32, key.device)
-    query_index, head_index, key_padding_mask = _contiguous(
-        query_index, head_index, key_padding_mask
-    )
+    query_index = _dense_rows(query_index)
+    head_index, key_padding_mask = _contiguous(head_index, key_padding_mask)
     scratch = _scratch(key)
     _count("attention_scores", key)
     _module().attention_scores(
@@ -132,7 +131,7 @@ def aggregate_attention(attention, query_index, head_index, head_reduce, logits)
     batch, heads, queries, tokens = attention.shape
     shape = (batch, heads, tokens) if head_reduce == "none" else (batch, tokens)
     scores = _empty(shape, torch.float32, attention.device)
-    query_index, head_index = _contiguous(query_index, head_index)
+    query_index, (head_index,) = _dense_rows(query_index), _contiguous(head_index)
     _count("aggregate_attention", attention)
     _module().aggregate_attention(
         attention.data_ptr(),
@@ -144,6 +143,7 @@ def aggregate_attention(attention, query_index, head_index, head_reduce, logits)
         queries if query_index is None else query_index.shape[1],
         attention.stride(),
         _address(query_index),
+        0 if query_index is None else query_index.stride(0),
         _address(head_index),
         _REDUCE[head_reduce],
         logits,
@@ -323,9 +323,8 @@ def self_guided_masking(
 ) -> tuple:
     batch, _, count, _ = key.shape
     width_visible, width_masked = reference.selection_widths(count, mask_ratio, None, False, None)
-    query_index, head_index, key_padding_mask, noise = _contiguous(
-        query_index, head_index, key_padding_mask, noise
-    )
+    query_index = _dense_rows(query_index)
+    head_index, key_padding_mask, noise = _contiguous(head_index, key_padding_mask, noise)
     scores = _empty((batch, count), torch.float32, key.device)
     selection = _selection(batch, count, width_visible, width_masked, key.device)
     most = _module().most_gathers
@@ -496,6 +495,7 @@ def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
         strides,
         key.stride(),
         _address(query_index),
+        0 if query_index is None else query_index.stride(0),
         _address(head_index),
         _address(key_padding_mask),
     )
@@ -550,6 +550,11 @@ def _gather(tokens: Tensor, stride: int, out: Tensor) -> tuple[int, ...]:
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else x.contiguous() for x in tensors]
+
+
+def _dense_rows(index: Tensor | None) -> Tensor | None:
+    # any stride of samples: 0 where all have the same row
+    return index if index is None or index[:1].is_contiguous() else index.contiguous()
 
 
 def _row_stride(x: Tensor) -> int | None:

@@ -451,6 +451,20 @@ def test_memory_of_half_precision(forced: Run, no_kernels: None, dtype: torch.dt
     assert extra <= MIB, f"{extra} bytes"  # a float32 copy takes 16 MiB
 
 
+@pytest.mark.parametrize("run", runs(("attention_scores", "aggregate_attention")))
+def test_memory_of_views(forced: Run, no_kernels: None):
+    """One index for 1024 samples, and features or keys that lie apart, are not copied."""
+    index = torch.arange(256, device=HERE.device)
+    if forced.op == "aggregate_attention":
+        inputs = {"attention": empty(1024, 1, 8, 256).transpose(2, 3)}
+    else:
+        inputs = {"query": empty(1, 1, 256, 8), "key": empty(1024, 1, 8, 256).transpose(2, 3)}
+    inputs["query_index"] = index
+    perform(forced.op, inputs)
+    extra = HERE.extra_bytes(lambda: perform(forced.op, inputs))
+    assert extra <= MIB, f"{extra} bytes"
+
+
 # Sizes
 
 FAR = 1 << 31  # elements

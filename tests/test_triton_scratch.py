@@ -1,4 +1,4 @@
-"""Triton's scratch memory, which has one size, and rows that several programs share."""
+"""Triton's scratch memory, which has one size, what is not copied, and rows of several programs."""
 
 import sys
 import weakref
@@ -264,6 +264,59 @@ def test_scratch_memory_has_one_size(small, monkeypatch, op):
         held.most = held.now = 0
         outputs[0].sum().backward()
         assert 0 < held.most <= limit + sum(x.nbytes for x in tensors)
+
+
+APART = {
+    "keys": lambda x: x | {"key": x["key"].mT.contiguous().mT},
+    "queries": lambda x: x | {"query": x["query"].mT.contiguous().mT},
+    "samples": lambda x: x | {"key": x["key"].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)},
+}
+
+
+@pytest.mark.parametrize("width, tokens", ((8, 16), (20, 40), (48, 40)))  # held, kept, in blocks
+@pytest.mark.parametrize("name", APART)
+def test_features_apart_are_not_copied(small, monkeypatch, name, width, tokens):
+    sizes = {"tokens": tokens, "queries": 20, "heads": 4, "kv_heads": 2, "width": width}
+    given = attention_inputs(batch=3, selected=7, shared=True, padding="scattered", **sizes)
+    inputs = to_device(APART[name](given), DEVICE)
+    expected = reference("attention_scores", inputs)
+    nothing_copied(monkeypatch)
+    scores = call("attention_scores", inputs)
+    torch.testing.assert_close(scores, expected, rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("logits", (False, True))
+@pytest.mark.parametrize("tokens", (16, 40))  # of logits, held and not
+def test_maps_apart_are_not_copied(small, monkeypatch, tokens, logits):
+    given = aggregate_inputs(batch=3, tokens=tokens, queries=20, selected=7, shared=True)
+    inputs = to_device(given | {"attention": given["attention"].mT.contiguous().mT}, DEVICE)
+    inputs["logits"] = logits
+    expected = reference("aggregate_attention", inputs)
+    nothing_copied(monkeypatch)
+    scores = call("aggregate_attention", inputs)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_index_is_not_copied(small, monkeypatch):
+    inputs = guided_inputs(batch=3, tokens=20, queries=20, mask_queries=True)
+    del inputs["num_queries"]
+    inputs["query_index"] = torch.tensor([3, -1, 7])
+    inputs = to_device(inputs, DEVICE)
+    expected = reference("self_guided_masking", inputs).selection
+    nothing_copied(monkeypatch)
+    assert_same_selection(call("self_guided_masking", inputs).selection, expected)
+
+
+def nothing_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a kernel's module makes a tensor contiguous that is not."""
+    contiguous = torch.Tensor.contiguous
+
+    def without_copy(x: torch.Tensor) -> torch.Tensor:
+        if sys._getframe(1).f_globals["__name__"].startswith("sma_fast.kernels"):
+            assert x.is_contiguous()
+        return contiguous(x)
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", without_copy)
 
 
 class Held:

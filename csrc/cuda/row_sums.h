@@ -44,7 +44,7 @@ __device__ inline RowList list_rows(const AttentionScoresArgs& a, int64_t b, int
     const int64_t r = from + threadIdx.x;
     int64_t query = -1;
     if (r < last) {
-      query = a.query_index == nullptr ? r : a.query_index[b * a.selected + r];
+      query = a.query_index == nullptr ? r : a.query_index[b * a.index_stride + r];
       if (query >= a.queries) query = -1;
       if (a.head_index != nullptr && a.head_index[b * a.selected + r] != head) query = -1;
     }

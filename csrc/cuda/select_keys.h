@@ -200,7 +200,7 @@ class RowKeys {
     __syncthreads();
     if (a.drawn == nullptr) return;
     for (int64_t i = threadIdx.x; i < a.drawn_width; i += blockDim.x) {
-      const int64_t token = a.drawn[b * a.drawn_width + i] - begin;
+      const int64_t token = a.drawn[b * a.drawn_stride + i] - begin;
       if (token >= 0 && token < size && (padding == nullptr || !padding[token]))
         set_mark(static_cast<unsigned>(token), kDrawn);
     }
