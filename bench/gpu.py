@@ -26,14 +26,14 @@ from bench.gpu_processes import STOP, Asked, joined_parts
 from bench.gpu_stages import STAGES
 
 SHORT_OF_TIME = """
-A GPU lent for 15 minutes, in calls of at most 10: what has targets is measured first, tests on the
-GPU run first, and both files are written as they go, so that a call may be ended at any time.
+Where a GPU is there for minutes at a time: what has targets is measured first, tests on the GPU run
+first, and both files are written as they go, so that a call may be ended at any time.
 
     make gpu GPU="--only benchmarks --limit 420 --out FOLDER"    installs, then measures
     python -m bench.gpu --only tests --limit 200 --out FOLDER    on the same machine
 
-Another 15 minutes, or a fresh machine, go on from the two files that these wrote (--start JSON, or
-in FOLDER), with make gpu first; compute-sanitizer wants some of its own:
+Later, or on a fresh machine, go on from the two files that these wrote (--start JSON, or in
+FOLDER), with make gpu first; compute-sanitizer wants some minutes of its own:
 
     make gpu GPU="--only sanitizer tests --limit 400 --out FOLDER"
 

@@ -75,7 +75,7 @@ def run(
     start = time.monotonic()
     if until <= start:
         return Ended("timed out", 0.0, "no time was left to start it")
-    with tempfile.TemporaryFile("w+") as output:  # what was printed until then is kept
+    with tempfile.TemporaryFile() as output:  # what was printed until then is kept
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -100,7 +100,8 @@ def run(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(0)
-        return Ended(status, time.monotonic() - start, output.read(), code)
+        said = output.read().decode(errors="replace")  # a process that crashes says anything
+        return Ended(status, time.monotonic() - start, said, code)
 
 
 def pytest(*arguments: str) -> list[str]:

@@ -21,7 +21,7 @@ GRAPH_BELOW = 1e-3  # seconds: longer calls hide Python by themselves, and need 
 L2_TIMES = 4  # the inputs of all copies together, at least
 MAX_COPIES = 64
 MAX_CALLS = 200  # in a graph
-ROUND = 2e-3  # seconds that a round lasts at least
+ROUND = 2e-3  # seconds of a round of calls one by one; a replay of them takes less
 
 Call = functools.partial
 

@@ -28,12 +28,12 @@ SANITIZED_TESTS = (
     " or with_several_ids or test_backward_of_one_fill"
     " or test_cases and (float32 or bfloat16) and not (gather_tokens or restore_tokens)"
 )
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "synccheck")
 OURS = "3sma4cuda"  # the namespace sma::cuda, as the mangled names of its kernels have it
 
 
 def sanitizer(result: dict, asked: Asked, until: float) -> bool:
-    """Runs memcheck and racecheck over the tests of selection; returns whether neither complains.
+    """Runs TOOLS over the tests of selection; returns whether none complains.
 
     Where there is no compute-sanitizer the result says so, and the stage fails: leave it out with
     `--only tests benchmarks`.

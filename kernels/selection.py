@@ -202,6 +202,7 @@ def top_of_long(
         inside = token < tokens
         if AMONG == 1:
             inside &= chosen
+        tl.debug_barrier()  # what is among the members is read before it is written over
         tl.store(member + member_row + token, chosen.to(member.dtype.element_ty), mask=inside)
 
 

@@ -478,9 +478,6 @@ _OPS = {
 def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
     batch, kv_heads, tokens, width = key.shape
     _, heads, queries, _ = query.shape
-    strides = query.stride()
-    if query.shape[0] == 1:
-        strides = (0, *strides[1:])
     return (
         query.data_ptr(),
         key.data_ptr(),
@@ -492,13 +489,19 @@ def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
         tokens,
         queries if query_index is None else query_index.shape[1],
         width,
-        strides,
-        key.stride(),
+        _strides(query),
+        _strides(key),
         _address(query_index),
         0 if query_index is None else query_index.stride(0),
         _address(head_index),
         _address(key_padding_mask),
     )
+
+
+def _strides(x: Tensor) -> list[int]:
+    # one that is never taken must not keep rows from being read 16 bytes at a time
+    strides = [0 if x.shape[i] == 1 else x.stride(i) for i in range(3)]
+    return [*strides, x.stride(3) if x.shape[3] > 1 else 1]
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

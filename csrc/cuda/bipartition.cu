@@ -123,8 +123,9 @@ template <class T, bool kStay>
 int launch_cut(const BipartitionArgs& a, unsigned blocks, int64_t places, const Place& place) {
   if (a.batch * blocks > INT32_MAX) return kTooManySamples;
   const CutMemory memory = CutMatrix<T, kStay>::memory(a.tokens, blocks, places);
-  const Grid grid = {dim3(static_cast<unsigned>(a.batch) * blocks), kThreads,
-                     static_cast<size_t>(memory.bytes), blocks};
+  Grid grid = {dim3(static_cast<unsigned>(a.batch) * blocks), kThreads,
+               static_cast<size_t>(memory.bytes), blocks};
+  grid.prefers_shared = true;
   return launch(bipartition_kernel<T, kStay>, grid, place, a, static_cast<int>(places));
 }
 
@@ -142,9 +143,8 @@ int bipartition_of(const BipartitionArgs& a, const Place& place) {
     return CutMatrix<T, false>::memory(a.tokens, 1, places).bytes;
   };
   if (bytes_with(0) > room) return kTooManyTokens;
-  // three slabs where two blocks still fit on a multiprocessor, which keeps 1024 bytes for each; or
-  // as many as there is room for
-  const int64_t half = room / 2 - 1024;
+  // three slabs where two blocks still fit on a multiprocessor; or as many as there is room for
+  const int64_t half = room / 2 - kReservedShared;
   int places = kMostPlaces;
   while (places > 0 && bytes_with(places) > (places > 2 ? half : room)) --places;
   return launch_cut<T, false>(a, 1, places, place);

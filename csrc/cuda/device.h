@@ -113,9 +113,10 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// Rows that are read, or written, once: they need no place in L1.
+// Rows that are read once are the first to leave the caches; those that are written are read next,
+// by the layer that they are for, and stay there.
 __device__ inline uint4 load_stream(const uint4* from) { return __ldcs(from); }
-__device__ inline void store_stream(uint4* to, uint4 word) { __stcs(to, word); }
+__device__ inline void store_stream(uint4* to, uint4 word) { *to = word; }
 
 // The cluster of blocks this one belongs to; before sm_90 a cluster is one block.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -198,6 +199,8 @@ __device__ inline T* hoisted(T* pointer) {
   return pointer;
 }
 
+constexpr int64_t kReservedShared = 1 << 10;  // bytes of each block's shared memory that CUDA takes
+
 // How a kernel is launched, with how many blocks in a cluster.
 struct Grid {
   dim3 blocks;
@@ -251,7 +254,7 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, const Place& pla
     // the most there is: another thread may launch the same kernel with more
     allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits_of(place.device).shared_bytes);
   if (grid.prefers_shared) allow(cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-  if (grid.cluster > 8) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (grid.cluster > kPortableCluster) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   unsigned blocks = grid.blocks.x;
   if (grid.together) {
     int of_each = 0;

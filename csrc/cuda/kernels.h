@@ -8,13 +8,13 @@
 namespace sma {
 namespace cuda {
 
-// Beside CUDA's errors: queries and keys are too wide for shared memory.
+// Beside CUDA's errors. Queries and keys of so many features do not fit into shared memory.
 constexpr int kRowsTooLong = -1;
-// It does not go in that one launch: take another way.
+// One launch cannot do it all; nothing was launched, several can.
 constexpr int kNotAtOnce = -2;
-// The vectors of a sample of so many tokens are too long for it.
+// Vectors over so many tokens do not fit into shared memory.
 constexpr int kTooManyTokens = -3;
-// A launch has no blocks for so many samples.
+// More samples than a launch can have blocks for.
 constexpr int kTooManySamples = -4;
 
 struct Place {
@@ -24,8 +24,9 @@ struct Place {
 
 int attention_scores(const AttentionScoresArgs& a, const Place& place);
 int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
-// Both in one launch; without `selects` scores only. At once: where a block, or a cluster of
-// blocks, takes a sample; in turns: where a block selects the tokens of one. Else kNotAtOnce.
+// Scores, and for `selects` selection and gathers, in one launch, or kNotAtOnce. masking_at_once: a
+// block or a cluster has each sample. masking_in_turns: all blocks make scores, part after part,
+// and each then selects for samples of its own.
 int masking_at_once(const SelfGuidedMaskingArgs& a, bool selects, const Place& place);
 int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& place);
 int random_masking(const RandomMaskingArgs& a, const Place& place);

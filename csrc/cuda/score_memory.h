@@ -19,7 +19,6 @@ constexpr int kManyTiles = 8;         // and where the warps are fewer
 constexpr int kMostRowTiles = 6;      // of queries: a chunk
 constexpr int kMostPassTiles = 3;     // of these, whose logits a warp has registers for: a pass
 constexpr int kMostChunkSteps = 24;   // of all its row tiles
-constexpr int64_t kReservedShared = 1 << 10;  // bytes of each block's that CUDA takes
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLeastFactor = 1e-45f;  // not 0, which times -inf would be NaN
 

@@ -3,6 +3,8 @@
 // What a block keeps of the row, a key for each token, lies in shared memory where it fits; else
 // keys are made from the scores each time, and what is known of a token lies in the mask.
 #pragma once
+#include <cstddef>
+
 #include "../args.h"
 #include "grid_sync.h"
 #include "numbers.h"

@@ -142,7 +142,8 @@ int masking_at_once(const SelfGuidedMaskingArgs& a, bool selects, const Place& p
                                    ? kernel_of<kFewTiles>(a.attention.dtype)
                                    : kernel_of<kManyTiles>(a.attention.dtype);
   const unsigned cluster = a.attention.reduce == kNone ? 1 : plan.blocks;
-  const Grid grid = {dim3(static_cast<unsigned>(blocks)), plan.warps * kWarp, plan.bytes, cluster};
+  Grid grid = {dim3(static_cast<unsigned>(blocks)), plan.warps * kWarp, plan.bytes, cluster};
+  grid.prefers_shared = true;
   return launch(kernel, grid, place, a, plan, selects);
 }
 
