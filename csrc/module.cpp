@@ -171,6 +171,10 @@ std::string shapes(const AttentionScoresArgs& a) {
          std::to_string(a.selected) + " queries are selected";
 }
 std::string shapes(const SelectTokensArgs& a) { return "scores " + shape({a.batch, a.tokens}); }
+std::string shapes(const DrawQueriesArgs& a) {
+  return "noise " + shape({a.batch, a.candidates}) + ", of which " + std::to_string(a.num_queries) +
+         " are drawn";
+}
 std::string shapes(const GatherTokensArgs& a) {
   return "tokens " + shape({a.batch, a.tokens}) + " of " + std::to_string(a.row_bytes) +
          " bytes, ids " + shape({a.batch, a.visible});
@@ -228,9 +232,10 @@ void run(void (*on_processor)(const Args&), const Args& a) {
 
 std::vector<std::string> cuda_ops() {
 #ifdef SMA_CUDA_ARCHS
-  return {"attention_scores",       "select_tokens",  "gather_tokens",
-          "gather_tokens_backward", "restore_tokens", "restore_tokens_backward",
-          "self_guided_masking",    "random_masking", "bipartition"};
+  return {
+      "attention_scores",        "select_tokens",       "draw_queries",           "gather_tokens",
+      "restore_tokens",          "self_guided_masking", "gather_tokens_backward", "random_masking",
+      "restore_tokens_backward", "bipartition"};
 #else
   return {};
 #endif
@@ -391,8 +396,8 @@ void draw_queries(Address noise, Address padding, Address num_queries_rows, int6
   a.query_index = at<int64_t>(query_index);
   a.threads = threads_of(where);
   check_length("noise", candidates);
-  check_counts("num_queries", a.num_queries_rows, batch);
-  run(kernels()->draw_queries, a);
+  if (on_cpu(where)) check_counts("num_queries", a.num_queries_rows, batch);
+  run("draw_queries", kernels()->draw_queries, SMA_CUDA(draw_queries), a, where);
 }
 
 void gather_tokens(const Gather& gather, int64_t batch, int64_t tokens, int64_t visible,

@@ -276,8 +276,6 @@ def backend(
     find = _dispatch.implementation
 
     def find_and_count(backend: str, op: str, device_type: str):
-        if (backend, op) == ("cuda", "draw_queries"):  # CUDA has none: what draws for others
-            return find("reference", op, device_type)
         if chosen.emulated and (backend, device_type) == ("cuda", "cpu"):
             function = emulation.implementation(op)
         else:

@@ -150,6 +150,19 @@ def test_a_long_row_has_several_blocks(emulated, monkeypatch, tmp_path, name, dt
         assert_same_selection(found, sma_fast.select_tokens(scores, **options))
 
 
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("candidates", (60_000, 1_048_576))
+def test_one_launch_draws_of_many_candidates(emulated, monkeypatch, tmp_path, candidates, padded):
+    noise = torch.rand(2, candidates).mul(1000).floor().div(1000)  # with ties
+    padding = torch.rand(2, candidates) < 0.3 if padded else None
+    arguments = (noise, 500, torch.tensor([0, 500]), padding)
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        found = torch.ops.sma_fast.draw_queries(*arguments)
+    assert len(blocks) == 1
+    with sma_fast.use_backend("reference"):
+        assert_same(found, torch.ops.sma_fast.draw_queries(*arguments))
+
+
 def test_one_block_a_row_where_several_blocks_cannot_run_at_once(emulated, monkeypatch, tmp_path):
     """Part of the GPU is kept from this process. Blocks of a cluster run at once in any case."""
     scores = torch.randn(2, 60_000)

@@ -359,13 +359,14 @@ def run_kernels(files: list[str], only: str, **variables: str) -> None:
     assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-3000:]
 
 
-FITS = "test_heads_that_fit_on_every_gpu or test_one_launch_in_turns or several_blocks"
+FITS = "test_heads_that_fit_on_every_gpu or in_turns or several_blocks or of_many_candidates"
 OF_FITS = ["tests/test_cuda_errors.py", "tests/test_cuda_launches.py"]
 
 
 def test_the_kernels_of_gpus_without_clusters():
     """As the first architecture that is built has them."""
-    ops = ("attention_scores", "select_tokens", "self_guided_masking", "random_masking")
+    masking = ("draw_queries", "self_guided_masking", "random_masking")
+    ops = ("attention_scores", "select_tokens", *masking)
     files = [f"tests/test_{op}.py" for op in ops] + OF_FITS
     some = "test_literal or test_cases and float32 or turns or too_long or many_blocks or logits"
     some += " or test_long_rows and 0.15 or test_drawn_tokens_of_long_rows"
@@ -396,7 +397,7 @@ OF_OTHER_ORDERS = (  # rows of a warp, of a block and of a cluster; heads and ke
 @pytest.mark.parametrize("other", SEEDS[1:2])
 def test_the_kernels_in_another_order(other: str):
     """A barrier that is missing shows in one order of the threads, and not in another."""
-    masking = ("select_tokens", "self_guided_masking", "random_masking")
+    masking = ("select_tokens", "draw_queries", "self_guided_masking", "random_masking")
     ops = (*masking, "gather_tokens", "restore_tokens")
     files = [f"tests/test_{op}.py" for op in ops]
     run_kernels(files, OF_OTHER_ORDERS, SMA_EMULATED_SEED=other)

@@ -29,6 +29,7 @@ int self_guided_masking(const SelfGuidedMaskingArgs& a, const Place& place);
 // and each then selects for samples of its own.
 int masking_at_once(const SelfGuidedMaskingArgs& a, bool selects, const Place& place);
 int masking_in_turns(const SelfGuidedMaskingArgs& a, bool selects, const Place& place);
+int draw_queries(const DrawQueriesArgs& a, const Place& place);
 int random_masking(const RandomMaskingArgs& a, const Place& place);
 int bipartition(const BipartitionArgs& a, const Place& place);
 int gather_tokens(const GatherTokensArgs& a, const Place& place);

@@ -28,6 +28,8 @@ class KeepLowest {
   using Args = KeepLowestArgs;
   static constexpr float kSign = -1.0f;
   static constexpr bool kIsPlain = true;
+  static constexpr int64_t kLeast = 0;
+  static constexpr bool kWritesPlaces = true;
 
   __device__ KeepLowest(const Args& a, int64_t sample, unsigned begin)
       : keep(static_cast<unsigned>(a.num_masked)),

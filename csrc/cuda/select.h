@@ -12,6 +12,9 @@ class MaskHighest {
   using Args = SelectTokensArgs;
   static constexpr float kSign = 1.0f;     // keys are made of the scores times this
   static constexpr bool kIsPlain = false;  // whether all rows are, see is_plain
+  static constexpr int64_t kLeast = 0;     // tokens that are chosen of those that are valid
+  // whether it writes ids_restore, where what blocks of a grid find lies until then
+  static constexpr bool kWritesPlaces = true;
 
   // begin: from here on tokens count.
   __device__ MaskHighest(const Args& args, int64_t sample, unsigned begin)
@@ -108,7 +111,7 @@ class SelectRow {
     int64_t count = a.num_masked;
     if (a.mask_ratio >= 0) count = rounded(a.mask_ratio * valid);
     else if (a.num_masked_rows != nullptr) count = a.num_masked_rows[keys.b];
-    count = max(int64_t{0}, min(count, a.width_masked));
+    count = max(Output::kLeast, min(count, a.width_masked));
     return static_cast<unsigned>(min(count, static_cast<int64_t>(valid)));
   }
 

@@ -1,7 +1,8 @@
 // The keys of one row of scores, and what stands in their place for tokens without one.
 //
 // What a block keeps of the row, a key for each token, lies in shared memory where it fits; else
-// keys are made from the scores each time, and what is known of a token lies in the mask.
+// keys are made from the scores each time, and what is known of a token lies in the mask; where
+// there is none, only padding is known.
 #pragma once
 #include <cstddef>
 
@@ -195,8 +196,8 @@ class RowKeys {
   __device__ void mark_tokens() {
     if constexpr (kHeld)  // the last four
       if (threadIdx.x < (4 - size % 4) % 4) keys[size + threadIdx.x] = kPadding;
-    if constexpr (kPlain) return;
-    const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + row + begin;
+    if (kPlain || (!kHeld && a.mask == nullptr)) return;
+    const uint8_t* const padding = padding_bytes();
     for (unsigned i = threadIdx.x; i < size; i += blockDim.x)
       set_mark(i, padding != nullptr && padding[i] ? kPadding : kCompetes);
     __syncthreads();
@@ -265,10 +266,15 @@ class RowKeys {
     char* const first = reinterpret_cast<char*>((row_begin + 15) / 16 * 16);
     return first + (rank * 2 + second) * kFoundBytes;
   }
+  __device__ const uint8_t* padding_bytes() const {
+    return a.padding == nullptr ? nullptr : a.padding + row + begin;
+  }
   __device__ uint8_t* marks() const { return a.mask + row + begin; }  // unless held
   __device__ uint32_t mark(unsigned i) const {
     if constexpr (kPlain) return kCompetes;
     else if constexpr (kHeld) return keys[i];
+    else if (a.mask == nullptr)
+      return a.padding != nullptr && padding_bytes()[i] ? kPadding : kCompetes;
     else return static_cast<uint32_t>(static_cast<int8_t>(marks()[i]));
   }
   __device__ float value(unsigned i) const {

@@ -86,9 +86,10 @@ using SelectKernel = void (*)(typename Output::Args, unsigned);
 
 template <class Output, bool kHeld, bool kPlain>
 SelectKernel<Output> kernel_of(Search search) {
-  return search == kAlone     ? select_kernel<kHeld, kPlain, kAlone, Output>
-         : search == kCluster ? select_kernel<kHeld, kPlain, kCluster, Output>
-                              : select_kernel<kHeld, kPlain, kGrid, Output>;
+  if constexpr (Output::kWritesPlaces)
+    if (search == kGrid) return select_kernel<kHeld, kPlain, kGrid, Output>;
+  return search == kAlone ? select_kernel<kHeld, kPlain, kAlone, Output>
+                          : select_kernel<kHeld, kPlain, kCluster, Output>;
 }
 template <class Output, bool kHeld>
 SelectKernel<Output> kernel_of(bool plain, Search search) {
@@ -124,7 +125,8 @@ int launch_select(const typename Output::Args& a, const Place& place) {
   const DeviceLimits limits = limits_of(place.device);
   const int64_t room = limits.shared_bytes - static_cast<int64_t>(sizeof(SelectShared));
   const int64_t most_held = room / static_cast<int64_t>(sizeof(uint4)) * 4;
-  const int64_t blocks = blocks_of_row(a, limits, most_held);
+  const bool together = Output::kWritesPlaces || has_clusters(limits.major);
+  const int64_t blocks = together ? blocks_of_row(a, limits, most_held) : 1;
   const int error = launch_rows<Output>(a, limits, most_held, blocks, place);
   // where MPS or a green context keeps multiprocessors from this process, each row has one block
   if (error != cudaErrorCooperativeLaunchTooLarge) return error;
