@@ -8,7 +8,7 @@ import functools
 import importlib
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ def usage(launch: Launch, capability: int) -> Usage:
     return found._replace(shared_bytes=compiled.metadata.shared)
 
 
-def launches(capability: int) -> list[Launch]:
+def launches(capability: int, ops: Collection[str] = ()) -> list[Launch]:
     """Returns every kernel, in the variants that the ops start on shapes as the benchmarks have.
 
     With the settings of an architecture, such as 90.
@@ -124,6 +124,8 @@ def launches(capability: int) -> list[Launch]:
     found: dict[Launch, None] = {}
     with launching.on_architecture(f"sm_{capability}"):
         for op, cases in _cases().items():
+            if ops and op not in ops:
+                continue
             launch = importlib.import_module(f"sma_fast.kernels.{op}").launch
             for arguments in cases:
                 found |= dict.fromkeys(recorded(functools.partial(launch, *arguments)))

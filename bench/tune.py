@@ -2,9 +2,10 @@
 
 Of each entry of kernels.settings the candidates are timed on the benchmarks' shapes, as bench.gpu
 times (graph replay, median, inputs beyond the L2), one setting after the other from those in use; a
-class of size goes by the mean over its shapes. What spills, does not compile, asks for more shared
-memory than there is or gives another answer is left out. --write puts the best into
-kernels/settings.py, for this architecture alone, with device, versions and date.
+class of size goes by the mean over its shapes, with what was taken for the entries before it. What
+spills, there or in another variant of the report, does not compile, asks for more shared memory
+than there is or gives another answer is left out. --write puts the best into kernels/settings.py,
+for this architecture alone, with device, versions and date.
 
 --dry-run needs no GPU: it goes the same way with times that are made up. With --compile the
 registers and spills it prints are real.
@@ -116,7 +117,7 @@ class MadeUp:
         if self.compiles:
             return kernels_triton.usage(launch, self.capability)
         number = _hash(f"{launch} {launch.options}")
-        return Usage(16 + number % 200, 0, 0, 8 * (number % 5 == 0))
+        return Usage(16 + number % 200, 0, 0, 8 * (number % 61 == 0))
 
     def answer(self, call: Call) -> Any:
         return None
@@ -175,8 +176,12 @@ class Tuner:
                 over **= 1 / len(trials)
                 self._print(candidate, seconds, over, trials)
                 against = math.prod(a / b for a, b in zip(seconds, now, strict=True))
-                if against < (1 - GAIN) ** len(trials):
-                    best, now = candidate, seconds
+                if against >= (1 - GAIN) ** len(trials):
+                    continue
+                if spills := trials[0].spills_elsewhere(candidate):
+                    print(f"  {_shown(candidate)}: left out, {spills}", flush=True)
+                    continue
+                best, now = candidate, seconds
         print(f"  taken: {_shown(best)}")
         return best
 
@@ -200,6 +205,7 @@ class Trial:
 
     def __init__(self, tuner: Tuner, number: int, case: Case) -> None:
         self.tuner, self.number, self.machine = tuner, number, tuner.machine
+        self.op = case.op
         launch = importlib.import_module(f"sma_fast.kernels.{case.op}").launch
         with self.machine.inputs():
             arguments = case.arguments(case.shape, self.machine.device, case.dtype)
@@ -238,6 +244,19 @@ class Trial:
                 raise LeftOut(f"gives another answer: {error}") from error
             except torch.OutOfMemoryError as error:
                 raise LeftOut("out of memory") from error
+
+    def spills_elsewhere(self, candidate: Class) -> str:
+        """Returns which variant of the report spills by a candidate; "" where none does."""
+
+        def report(chosen: Class) -> list[kernels_triton.Launch]:
+            with self._with(chosen):
+                return kernels_triton.launches(self.machine.capability, (self.op,))
+
+        before = report(self.tuner.classes[self.number])
+        for launch in set(report(candidate)) - set(before):
+            if self.machine.usage(launch).spilled_bytes:
+                return f"spills in {launch}"
+        return ""
 
     def _launches(self) -> list[kernels_triton.Launch]:
         with self.machine.inputs():
@@ -345,10 +364,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = MadeUp(options.architecture, options.compile) if options.dry_run else OnGpu()
     print(f"{machine.name}, sm_{machine.capability}" + ", no time is real" * options.dry_run)
     found = {}
-    for entry in chosen:
-        found[entry] = Tuner(machine, entry).tuned()
-        if options.write:  # after each: what was measured stays, should the time run out
-            (options.out or FILE).write_text(written(machine, found))
+    with contextlib.ExitStack() as taken:  # what is taken for an entry holds for those after it
+        for entry in chosen:
+            found[entry] = Tuner(machine, entry).tuned()
+            taken.enter_context(in_use(entry, found[entry], f"sm_{machine.capability}"))
+            if options.write:  # after each: what was measured stays, should the time run out
+                (options.out or FILE).write_text(written(machine, found))
     if options.write:
         print(f"\nwritten: {(options.out or FILE).name}, {len(found)} entries")
     return 0

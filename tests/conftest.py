@@ -45,10 +45,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("sma_fast")
 
-# for what is tested in all types elsewhere: Triton's interpreter takes float32 only
-FLOAT32_IF_INTERPRETED = [NATIVE_DTYPES[0]] + [
-    pytest.param(dtype, marks=pytest.mark.not_interpreted) for dtype in NATIVE_DTYPES[1:]
-]
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     interpreter.hasten()
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import FLOAT32_IF_INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from sma_fast.testing import (
     CASES,
     DTYPES,
     LAYOUTS,
+    NATIVE_DTYPES,
     SCORES,
     assert_compiles_once,
     assert_gradients,
@@ -145,7 +145,7 @@ def test_masks_what_mae_masks(backend, tokens, ratio):
 
 
 @pytest.mark.needs("restore_tokens_backward", "restore_tokens")
-@pytest.mark.parametrize("dtype", FLOAT32_IF_INTERPRETED, ids=str)
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[OP], ids=str)
 def test_gradients(backend, case, dtype):
     inputs = backend.inputs(case.build(dtype))

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import FLOAT32_IF_INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,22 +149,9 @@ def assert_result(backend, inputs: dict, layout: str = "packed") -> None:
     assert_unchanged()
 
 
-def slow_in_the_interpreter(case, dtype) -> bool:
-    # bfloat16 stands for both half types
-    return dtype == torch.float16 or case.name == "long" and dtype != torch.float32
-
-
 @pytest.mark.parametrize(
     "case, dtype",
-    [
-        pytest.param(
-            *(case, dtype),
-            id=f"{case}-{dtype}",
-            marks=pytest.mark.not_interpreted if slow_in_the_interpreter(case, dtype) else (),
-        )
-        for case in CASES[OP]
-        for dtype in DTYPES
-    ],
+    [pytest.param(case, dtype, id=f"{case}-{dtype}") for case in CASES[OP] for dtype in DTYPES],
 )
 def test_cases(backend, case, dtype):
     assert_result(backend, case.build(dtype))
@@ -290,11 +276,10 @@ WIDE_HEADS = [
     (torch.bfloat16, 1024, 100),
 ]
 MANY_QUERIES = {"batch": 2, "heads": 1, "queries": 4200, "selected": 4200, "width": 4}
-GRADIENTS = [  # every third one under the interpreter: what differs is which ids the rows go by
-    pytest.param(
-        c, marks=pytest.mark.not_interpreted if i % 3 or str(c) == "long" else (), id=str(c)
-    )
-    for i, c in enumerate(c for c in CASES[OP] if "values" not in c.options)
+GRADIENTS = [
+    pytest.param(c, marks=pytest.mark.not_interpreted if c.name == "long" else (), id=str(c))
+    for c in CASES[OP]
+    if "values" not in c.options
 ]
 
 
@@ -328,7 +313,7 @@ def test_more_queries_than_a_block_lists(backend, tokens):
 
 
 @pytest.mark.needs("gather_tokens_backward", "gather_tokens")
-@pytest.mark.parametrize("dtype", FLOAT32_IF_INTERPRETED, ids=str)
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients(backend, case, dtype):
     inputs = backend.inputs(case.build(dtype))

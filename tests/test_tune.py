@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 from sma_fast.kernels import launching, settings  # noqa: E402
 
 from bench import tune  # noqa: E402
+from bench.cubins import Usage  # noqa: E402
 from bench.tune_cases import ENTRIES  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -100,6 +101,31 @@ def test_compiled_candidates() -> None:
     registers = re.findall(r"of the best before, (\d+) registers", ended.stdout)
     assert registers and all(8 < int(number) < 256 for number in registers)
     assert "gather_tokens_backward, up" not in ended.stdout
+
+
+def test_what_is_taken_holds_for_later_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = settings.MEASURED.copy(), []
+
+    def tuned(tuner: tune.Tuner) -> tuple[dict, ...]:
+        seen.append(settings.MEASURED.get("sm_90", {}).get("draw_queries"))
+        return ({"up_to": None, "block": len(seen)},)
+
+    monkeypatch.setattr(tune.Tuner, "tuned", tuned)
+    assert tune.main(["--dry-run", "--op", "draw_queries"]) == 0
+    assert seen == [before.get("sm_90", {}).get("draw_queries"), ({"up_to": None, "block": 1},)]
+    assert settings.MEASURED == before
+
+
+def test_candidates_must_not_spill_elsewhere() -> None:
+    machine, entry = tune.MadeUp(90, False), "informed_scores"
+    trial = tune.Trial(tune.Tuner(machine, entry), 0, ENTRIES[entry].cases[0])
+    machine.usage = lambda launch: Usage(32, 0, 0, 8 * ("WIDTH=16384" in str(launch)))
+    now = trial.tuner.classes[0]
+    assert "WIDTH=16384" not in "".join(map(str, trial._launches()))
+    assert trial.spills_elsewhere(now) == ""  # not its doing
+    assert "WIDTH=16384" in trial.spills_elsewhere({**now, "num_warps": 4})
+    machine.usage = lambda launch: Usage(32, 0, 0, 0)
+    assert trial.spills_elsewhere({**now, "num_warps": 4}) == ""
 
 
 def test_what_was_measured_before_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
