@@ -8,7 +8,7 @@ import functools
 import importlib
 import inspect
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ def usage(launch: Launch, capability: int) -> Usage:
     return found._replace(shared_bytes=compiled.metadata.shared)
 
 
-def launches(capability: int, ops: Collection[str] = ()) -> list[Launch]:
+def launches(capability: int) -> list[Launch]:
     """Returns every kernel, in the variants that the ops start on shapes as the benchmarks have.
 
     With the settings of an architecture, such as 90.
@@ -124,8 +124,6 @@ def launches(capability: int, ops: Collection[str] = ()) -> list[Launch]:
     found: dict[Launch, None] = {}
     with launching.on_architecture(f"sm_{capability}"):
         for op, cases in _cases().items():
-            if ops and op not in ops:
-                continue
             launch = importlib.import_module(f"sma_fast.kernels.{op}").launch
             for arguments in cases:
                 found |= dict.fromkeys(recorded(functools.partial(launch, *arguments)))
@@ -150,7 +148,7 @@ def _cases() -> dict[str, list[tuple]]:
     indices = (ids(2, 17), ids(2, 17), empty(2, 3000, dtype=torch.bool))
     heads_of = [  # that are kept whole or not, in loads of 16 bytes or one by one
         *((torch.float32, width) for width in (32, 64, 72, 129)),
-        *((half, width) for width in (20, 40, 64, 600)),
+        *((half, width) for width in (20, 40, 64, 96, 600)),
         *((torch.float16, width) for width in (20, 64, 129)),
     ]
     strided = empty(2, 4, 300, 17, dtype=half)[..., :16]  # held at once, each number a load

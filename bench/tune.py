@@ -178,8 +178,10 @@ class Tuner:
                 against = math.prod(a / b for a, b in zip(seconds, now, strict=True))
                 if against >= (1 - GAIN) ** len(trials):
                     continue
-                if spills := trials[0].spills_elsewhere(candidate):
-                    print(f"  {_shown(candidate)}: left out, {spills}", flush=True)
+                try:
+                    trials[0].check_report(candidate)
+                except LeftOut as reason:
+                    print(f"  {_shown(candidate)}: left out, {reason}", flush=True)
                     continue
                 best, now = candidate, seconds
         print(f"  taken: {_shown(best)}")
@@ -205,7 +207,6 @@ class Trial:
 
     def __init__(self, tuner: Tuner, number: int, case: Case) -> None:
         self.tuner, self.number, self.machine = tuner, number, tuner.machine
-        self.op = case.op
         launch = importlib.import_module(f"sma_fast.kernels.{case.op}").launch
         with self.machine.inputs():
             arguments = case.arguments(case.shape, self.machine.device, case.dtype)
@@ -229,14 +230,9 @@ class Trial:
             launches = self._launches()
             self.registers = 0
             for launch in set(launches):
-                try:
-                    usage = self.machine.usage(launch)
-                except Exception as error:  # of Triton's many compilers, whichever refuses it
-                    raise LeftOut(f"does not compile: {str(error).splitlines()[:1]}") from error
+                usage = self._usage(launch)
                 if usage.spilled_bytes and launch not in self.fixed:  # else not its doing
                     raise LeftOut(f"spills {usage.spilled_bytes} bytes")
-                if usage.shared_bytes > self.machine.shared_bytes:
-                    raise LeftOut(f"asks for {usage.shared_bytes} bytes of shared memory")
                 self.registers = max(self.registers, usage.registers)
             try:
                 return self.machine.seconds(self.call, self._check)
@@ -245,18 +241,30 @@ class Trial:
             except torch.OutOfMemoryError as error:
                 raise LeftOut("out of memory") from error
 
-    def spills_elsewhere(self, candidate: Class) -> str:
-        """Returns which variant of the report spills by a candidate; "" where none does."""
+    def check_report(self, candidate: Class) -> None:
+        """Raises LeftOut where a variant of the report is not to have a candidate.
 
-        def report(chosen: Class) -> list[kernels_triton.Launch]:
+        That is where it does not compile or fit, or spills more than those in its place.
+        """
+
+        def report(chosen: Class) -> set[kernels_triton.Launch]:
             with self._with(chosen):
-                return kernels_triton.launches(self.machine.capability, (self.op,))
+                return set(kernels_triton.launches(self.machine.capability))
 
-        before = report(self.tuner.classes[self.number])
-        for launch in set(report(candidate)) - set(before):
-            if self.machine.usage(launch).spilled_bytes:
-                return f"spills in {launch}"
-        return ""
+        before, after = report(self.tuner.classes[self.number]), report(candidate)
+        most = max((self.machine.usage(x).spilled_bytes for x in before - after), default=0)
+        for launch in after - before:
+            if self._usage(launch).spilled_bytes > most:
+                raise LeftOut(f"spills in {launch}")
+
+    def _usage(self, launch: kernels_triton.Launch) -> Usage:
+        try:
+            usage = self.machine.usage(launch)
+        except Exception as error:  # of Triton's many compilers, whichever refuses it
+            raise LeftOut(f"does not compile: {str(error).splitlines()[:1]}") from error
+        if usage.shared_bytes > self.machine.shared_bytes:
+            raise LeftOut(f"asks for {usage.shared_bytes} bytes of shared memory")
+        return usage
 
     def _launches(self) -> list[kernels_triton.Launch]:
         with self.machine.inputs():

@@ -230,8 +230,8 @@ def query_index(index: Tensor | None, batch: int, queries: int, like: Tensor) ->
     dense("query_index", index)
     dtype("query_index", index, INTS)
     index = index.long()
-    if index.dim() == 1:
-        index = index.unsqueeze(0).expand(batch, -1)  # not copied
+    if index.dim() == 1:  # samples share its one row
+        index = index.contiguous().unsqueeze(0).expand(batch, -1)
     if index.dim() != 2 or index.shape[0] != batch or index.shape[1] > queries:
         raise ValueError(
             f"query_index: got shape {tuple(index.shape)}, allowed is (R,) or ({batch}, R) with R "

@@ -1,5 +1,6 @@
 """bench.tune: how Triton's launch settings are measured, without a GPU, and how they are used."""
 
+import contextlib
 import os
 import re
 import runpy
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 from sma_fast.kernels import launching, settings  # noqa: E402
 
-from bench import tune  # noqa: E402
+from bench import kernels_triton, tune  # noqa: E402
 from bench.cubins import Usage  # noqa: E402
 from bench.tune_cases import ENTRIES  # noqa: E402
 
@@ -116,16 +117,35 @@ def test_what_is_taken_holds_for_later_entries(monkeypatch: pytest.MonkeyPatch) 
     assert settings.MEASURED == before
 
 
-def test_candidates_must_not_spill_elsewhere() -> None:
+REPORTED = {  # what a variant of the report takes with a candidate: why it is left out
+    "spills": (Usage(32, 0, 8, 0), "spills in informed_scores_kernel .* WIDTH=16384"),
+    "spills less": (Usage(32, 0, 4, 0), None),
+    "does not fit": (Usage(32, 1 << 20, 0, 0), "asks for 1048576 bytes"),
+    "does not compile": (None, "does not compile"),
+}
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_candidates_are_for_all_variants_of_the_report(name: str) -> None:
     machine, entry = tune.MadeUp(90, False), "informed_scores"
+    taken, reason = REPORTED[name]
+
+    def usage(launch: kernels_triton.Launch) -> Usage:
+        if "WIDTH=16384" not in str(launch):
+            return Usage(32, 0, 0, 0)
+        if dict(launch.options)["num_warps"] != 4:
+            return Usage(32, 0, 4, 0)  # what is spilled already
+        if taken is None:
+            raise RuntimeError("no such instruction")
+        return taken
+
+    machine.usage = usage
     trial = tune.Trial(tune.Tuner(machine, entry), 0, ENTRIES[entry].cases[0])
-    machine.usage = lambda launch: Usage(32, 0, 0, 8 * ("WIDTH=16384" in str(launch)))
-    now = trial.tuner.classes[0]
     assert "WIDTH=16384" not in "".join(map(str, trial._launches()))
-    assert trial.spills_elsewhere(now) == ""  # not its doing
-    assert "WIDTH=16384" in trial.spills_elsewhere({**now, "num_warps": 4})
-    machine.usage = lambda launch: Usage(32, 0, 0, 0)
-    assert trial.spills_elsewhere({**now, "num_warps": 4}) == ""
+    trial.check_report(trial.tuner.classes[0])
+    raises = pytest.raises(tune.LeftOut, match=reason) if reason else contextlib.nullcontext()
+    with raises:
+        trial.check_report({**trial.tuner.classes[0], "num_warps": 4})
 
 
 def test_what_was_measured_before_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

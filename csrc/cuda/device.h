@@ -116,7 +116,7 @@ __device__ inline void copy_async_wait() {
 // Rows that are read once are the first to leave the caches; those that are written are read next,
 // by the layer that they are for, and stay there.
 __device__ inline uint4 load_stream(const uint4* from) { return __ldcs(from); }
-__device__ inline void store_stream(uint4* to, uint4 word) { *to = word; }
+__device__ inline void store_16(uint4* to, uint4 word) { *to = word; }
 
 // The cluster of blocks this one belongs to; before sm_90 a cluster is one block.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -17,7 +17,7 @@ constexpr unsigned kBlockWords = kCopyThreads * kCopies;  // of a block at a tim
 constexpr int64_t kSmallCopy = (int64_t{1} << 31) - 1024 * kCopies;
 
 __device__ inline uint4 load_word(const uint4* from) { return load_stream(from); }
-__device__ inline void store_word(uint4* to, uint4 word) { store_stream(to, word); }
+__device__ inline void store_word(uint4* to, uint4 word) { store_16(to, word); }
 template <class Word>
 __device__ inline Word load_word(const Word* from) {
   return *from;

@@ -228,6 +228,10 @@ _RESTORE = {
 _GUIDED = {
     "index given": {"selected": 3},
     "index for all rows": {"selected": 3, "shared": True},
+    "one index, masked queries": {
+        **{"selected": 3, "shared": True, "queries": 12, "batch": 5},
+        "mask_queries": True,
+    },
     "index, -1 behind": {"selected": 4, "ragged": True, "batch": 5},
     "drawn": {"num_queries": 3},
     "drawn, rows": {"query_rows": [1, 5]},

@@ -176,7 +176,7 @@ __global__ void copy_rows(const uint4* from, uint4* to, int rows) {
   for (int row = 0; row < rows; ++row) {
     start(row + 1);
     copy_async_wait<kLeft>();
-    store_stream(to + row * blockDim.x + threadIdx.x, buffer[row % 2]);
+    store_16(to + row * blockDim.x + threadIdx.x, buffer[row % 2]);
   }
 }
 

@@ -135,7 +135,7 @@ void copy_async_wait() {
 }
 
 inline uint4 load_stream(const uint4* from) { return *emulated::aligned(from); }
-inline void store_stream(uint4* to, uint4 value) { *emulated::aligned(to) = value; }
+inline void store_16(uint4* to, uint4 value) { *emulated::aligned(to) = value; }
 
 }  // namespace cuda
 }  // namespace sma
