@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 
 from bench import cubins, gpu_stages, kernels_cuda  # noqa: E402
 
-ARCHITECTURES = (80, 90, 100)
 MOST_SHARED = {"80": 166912, "90": 232448}  # bytes of a block, and of later ones
 
 
@@ -29,29 +28,35 @@ def test_every_op_has_one_with_the_reference_s_arguments(op: str) -> None:
     assert list(inspect.signature(module.launch).parameters)[: len(expected)] == expected
 
 
-def test_every_launch_says_how_products_are_rounded() -> None:
-    """Else Triton's versions differ, and warn of it."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter takes no options")
-    from bench import kernels_triton
-
-    launches = kernels_triton.launches(90)
-    assert launches
-    for launch in launches:
-        assert "enable_fp_fusion" in dict(launch.options), str(launch)
-
-
 def reported(*options: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs `make kernels-report`'s program."""
+    return run("-m", "bench.kernels_report", *options, **environment)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python where Triton compiles."""
     inherited = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "bench.kernels_report", *options],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=inherited | environment,
     )
+
+
+UNDECIDED = """
+from bench.kernels_triton import launches
+every = launches(90)
+print(len(every), [str(x) for x in every if "enable_fp_fusion" not in dict(x.options)])
+"""
+
+
+def test_every_launch_says_how_products_are_rounded() -> None:
+    """Else Triton's versions differ, and warn of it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    ended = run("-c", UNDECIDED)
+    assert re.fullmatch(r"[1-9]\d+ \[\]\n", ended.stdout), ended.stdout + ended.stderr
 
 
 def rows(ended: subprocess.CompletedProcess, spills: int = 0) -> list[tuple[str, str]]:
@@ -71,22 +76,24 @@ def rows(ended: subprocess.CompletedProcess, spills: int = 0) -> list[tuple[str,
     return [(name, architecture) for name, architecture, *_ in found]
 
 
-@pytest.mark.compiled
-def test_triton_kernels_compile_without_spills() -> None:
-    """For three architectures, in the variants that the benchmarks' shapes start."""
+# one goes with the half of `make test` that is done sooner
+@pytest.mark.parametrize(
+    "architecture", (80, *(pytest.param(x, marks=pytest.mark.compiled) for x in (90, 100)))
+)
+def test_triton_kernels_compile_without_spills(architecture: int) -> None:
+    """In the variants that the benchmarks' shapes start."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     # the compilers of older ones leave a few bytes of some kernels (3.6: 64 at most, none on sm_90)
     older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
     spills = 64 if older else 0
-    architectures = ("--architectures", *map(str, ARCHITECTURES))
-    found = rows(reported("triton", *architectures, "--allow", str(spills)), spills)
+    options = ("--architectures", str(architecture), "--allow", str(spills))
+    found = rows(reported("triton", *options), spills)
     written = {
         name
         for file in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
     }
-    for architecture in ARCHITECTURES:
-        assert {name for name, sm in found if sm == str(architecture)} == written
+    assert set(found) == {(name, str(architecture)) for name in written}
 
 
 @pytest.fixture
