@@ -1,6 +1,6 @@
 """Compiles the native module with its CUDA kernels for the emulator in this folder.
 
-`load()` gives the module, whose cuda_* functions take addresses in the memory of the CPU.
+`load()` gives the module, whose ops for device 0 take addresses in the memory of the CPU.
 """
 
 import functools
@@ -33,7 +33,7 @@ def build() -> Path:
     import pybind11
 
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    host = ["-O1", '-DSMA_CUDA_ARCHS="emulated"', *python]  # only the cuda_* functions are used
+    host = ["-O1", '-DSMA_CUDA_ARCHS="emulated"', *python]  # the CPU's own ops are not called
     sources = {CSRC / "module.cpp": host}
     sources |= {CSRC / "cpu" / f"{name}.cpp": host for name in ("cache", "baseline")}
     sources |= {path: ["-O2"] for path in sorted((CSRC / "cuda").glob("*.cu"))}
