@@ -3,9 +3,9 @@
 Where one program can hold a head's keys they are read once: the logits of a few rows at a time stay
 in registers. Longer ones are read for the largest logits and the sums of up to 64 rows at a time,
 by programs that take a part of the keys each, then for the columns (features of wide heads are not
-kept, but read again for every few rows); where these statistics are more
-than the scratch memory holds, rows take turns. Rows are added up, then heads, then turns, in one
-order: the same bits every time, whatever the batch.
+kept, but read again for every few rows); where these statistics are more than the scratch memory
+holds, rows take turns. Rows are added up, then heads, then turns, in one order: the same bits every
+time, whatever the batch.
 """
 
 import torch
@@ -260,13 +260,14 @@ def launch(
     fits = kept and loads * block * block_width * size <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
         if block <= longest("attention_scores", key.device) and fits:
-            _at_once(scores, factor, heads, common, kinds, block, chosen)
+            _at_once(scores, factor, heads, selected, common, kinds, block, chosen)
         else:
             _in_turns(scores, factor, heads, selected, common, kinds)
     return scores
 
 
 def _divisor(query: Tensor, key: Tensor) -> int:
+    # _DIVISOR where a head's features can come 16 bytes at a time; 0 where they lie apart; else 1
     if key.shape[3] > 1 and (query.stride(3), key.stride(3)) != (1, 1):
         return 0
     steps = [key.shape[3]]
@@ -276,11 +277,12 @@ def _divisor(query: Tensor, key: Tensor) -> int:
 
 
 def _at_once(
-    scores: Tensor, factor: float, heads: int, common: tuple, kinds: dict, block: int, chosen: dict
-) -> None:
+    scores: Tensor, factor: float, heads: int, selected: int, common: tuple, kinds: dict,
+    block: int, chosen: dict,
+) -> None:  # fmt: skip
     """Writes the sums of keys that are read once."""
     inputs, sizes = common
-    batch, selected = scores.shape[0], sizes[3]
+    batch = scores.shape[0]
     samples = turns.samples_apart(scores, heads, batch, scores.itemsize, turns.SCRATCH)
     each = min(samples or batch, batch)
     every = [
