@@ -177,16 +177,25 @@ __device__ inline unsigned warps() { return blockDim.x / kWarp; }
 // A number that all lanes have, told to the compiler as such. All lanes call it.
 __device__ inline unsigned same_in_warp(unsigned x) { return __shfl_sync(kAllLanes, x, 0); }
 
-// The lane, read anew: what is made of it is made again too, and takes no register until then.
-__device__ inline unsigned lane_again() {
+// The same number, read anew: what is made of it is made again too, and takes no register until
+// then.
+__device__ inline unsigned again(unsigned x) {
 #ifdef __CUDACC__
-  unsigned again = lane();
-  asm volatile("" : "+r"(again));
-  return again;
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+__device__ inline unsigned block_again() {
+#ifdef __CUDACC__
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
 #else
-  return lane();
+  return blockIdx.x;
 #endif
 }
+__device__ inline unsigned lane_again() { return again(threadIdx.x) % kWarp; }
+__device__ inline unsigned warp_again() { return again(threadIdx.x) / kWarp; }
 
 // The same pointer to global memory, as one that is not to be computed again at each use.
 template <class T>
@@ -220,6 +229,11 @@ struct DeviceLimits {
   cudaError_t error;
 };
 DeviceLimits limits_of(int device);
+
+// Shared memory of a block where so many share a multiprocessor.
+inline int64_t shared_room(const DeviceLimits& limits, unsigned blocks) {
+  return (limits.shared_bytes - (int64_t{blocks} - 1) * kReservedShared) / blocks;
+}
 
 // Makes the place's device the current one while it lives.
 class OnDevice {

@@ -18,11 +18,10 @@ constexpr int64_t kMostTurnGroups = 16;     // of heads, whose columns are summe
 constexpr int64_t kColumnsShare = 4;        // of the scratch memory, the most that these sums take
 
 template <int kType>
-__global__ void __launch_bounds__(kTurnWarps* kWarp,
-                                  score_blocks(kType, kFewTiles, kScoreMajor, kTurnWarps))
+__global__ void __launch_bounds__(kTurnWarps* kWarp, turn_blocks(kType, kTurnMajor))
     turns_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                  const __grid_constant__ Turns turns) {
-  TurnScores<kType>(a.attention, turns, shared_memory()).run();
+  TurnScores<kType>(a.attention, turns).run();
   if (!turns.selects) return;
   grid_sync();
   const auto batch = static_cast<unsigned>(a.attention.batch);
@@ -50,15 +49,14 @@ TurnsPlan turns_plan(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   const int64_t selected = std::max<int64_t>(a.selected, 1);
   const int64_t most_rows = std::min(selected, kTurnRows);
   const size_t own = sizeof(TurnShared) + static_cast<size_t>(most_rows) * sizeof(int);
-  const auto try_plan = [&](int64_t blocks, unsigned warps) {  // so many on a multiprocessor
-    plan.room =
-        static_cast<size_t>((limits.shared_bytes - (blocks - 1) * kReservedShared) / blocks);
+  const auto try_plan = [&](unsigned blocks, unsigned warps) {  // so many on a multiprocessor
+    plan.room = static_cast<size_t>(shared_room(limits, blocks));
     t.memory = score_memory(a, warps, kFewTiles, kTurnRowTiles, a.tokens, 1,
                             static_cast<int64_t>(plan.room) - static_cast<int64_t>(own));
     plan.warps = t.memory.key_tiles > 0 ? warps : 0;
-    plan.bytes = t.memory.bytes(warps) + own;
+    plan.bytes = static_cast<size_t>(t.memory.bytes) + own;
   };
-  try_plan(score_blocks(a.dtype, kFewTiles, limits.major, kTurnWarps), kTurnWarps);
+  try_plan(turn_blocks(a.dtype, limits.major), kTurnWarps);
   // rows so long that not a tile of keys fits for each warp
   for (unsigned warps = kTurnWarps; plan.warps == 0 && warps > 0; warps /= 2) try_plan(1, warps);
   if (plan.warps == 0) return plan;

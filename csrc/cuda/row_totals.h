@@ -7,9 +7,6 @@
 namespace sma {
 namespace cuda {
 
-constexpr int kQuad = 4;  // lanes that share a row
-constexpr int kWarpsOfLane = kScoreWarps / kQuad;
-
 struct SumOfParts {
   static constexpr float kNeutral = 0.0f;
   static __device__ float of(float x, float y) { return x + y; }
@@ -25,81 +22,88 @@ constexpr int kPlaceMost = kMostRowTiles, kPlaceSum = kPlaceMost + 1;
 constexpr int kPlaces = kPlaceSum + 1;
 struct RowParts {
   alignas(16) float of_warps[kPlaces * kRowTile][kScoreWarps];  // at warp_place
-  float of_blocks[2][kMostPassTiles * kRowTile];                // one of them is still read
-  float of_all[kMostPassTiles * kRowTile];
+  float of_blocks[2][kMostPassTiles * kRowTile];                // one of them is still read:
+  int still_read[kScoreWarps];                                  // which, as each warp knows it
+};
+
+// Where RowParts are in shared memory, and blocks of a cluster that have parts of the same rows.
+struct RowPlan {
+  size_t parts;
+  unsigned blocks;
 };
 
 class RowTotals {
  public:
-  // blocks: of a cluster, that have parts of the same rows.
-  __device__ RowTotals(RowParts& parts, unsigned blocks) : parts(parts), blocks(blocks) {
+  __device__ explicit RowTotals(const RowPlan& plan) : plan(plan) {
+    if (lane_again() == 0) parts().still_read[warp()] = 0;
     // warps that are not there, or have no keys, stay at this
     for (unsigned i = threadIdx.x; i < kPlaces * kRowTile * kScoreWarps; i += blockDim.x)
-      parts.of_warps[0][i] =
+      parts().of_warps[0][i] =
           i / (kRowTile * kScoreWarps) == kPlaceMost ? MostOfParts::kNeutral : SumOfParts::kNeutral;
   }
 
   // Says whether this warp has any part; a barrier of the block. Of several blocks all warps do:
   // only a whole cluster can wait.
   __device__ void begin(bool has_part) {
-    const bool takes_part = has_part || blocks > 1;
+    const bool takes_part = has_part || plan.blocks > 1;
     threads = static_cast<unsigned>(__syncthreads_count(takes_part));
     if (!takes_part) threads = 0;
   }
   __device__ bool takes_part() const { return threads > 0; }
 
-  // own[j][i]: this lane's part of row lane % 4 * 2 + i of row tile j. Returns the total of row
-  // lane / 4 of each row tile. All warps that take part call it.
+  // own[j][i]: this lane's part of row lane % 4 * 2 + i of row tile j. Returns the total of one of
+  // these rows, row_of. All warps that take part call it.
   template <class Join, int kRowTiles>
-  __device__ void put_together(int place, const float (&own)[kRowTiles][2],
-                               float (&total)[kRowTiles]) {
+  __device__ float put_together(int place, const float (&own)[kRowTiles][2]) {
     tell_warps<Join>(own, place);
-    if (blocks == 1) {
+    const int row = row_of<kRowTiles>();
+    if (plan.blocks == 1) {
       sync_some(threads);
-#pragma unroll
-      for (int j = 0; j < kRowTiles; ++j) total[j] = of_warps<Join>(place + j);
-      return;
+      return of_warps<Join>(place * kRowTile + row);
     }
     __syncthreads();
-    float* const own_block = parts.of_blocks[parity];
-#pragma unroll 1
-    for (unsigned j = warp(); j < kRowTiles; j += warps()) {
-      const float all = of_warps<Join>(place + static_cast<int>(j));
-      if (lane() % kQuad == 0) own_block[j * kRowTile + row()] = all;
-    }
+    int& still_read = parts().still_read[warp_again()];
+    const int place_of_blocks = still_read ^ 1;
+    float* const of_block = &parts().of_blocks[place_of_blocks][row];
+    if (threadIdx.x < kRowTiles * kRowTile) *of_block = of_warps<Join>(place * kRowTile + row);
     cluster_sync();
+    float all = Join::kNeutral;
 #pragma unroll 1
-    for (unsigned j = warp(); j < kRowTiles; j += warps()) {
-      const float all = of_blocks<Join>(&own_block[j * kRowTile + row()]);
-      if (lane() % kQuad == 0) parts.of_all[j * kRowTile + row()] = all;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < kRowTiles; ++j) total[j] = parts.of_all[j * kRowTile + row()];
-    parity ^= 1;
+    for (unsigned block = 0; block < plan.blocks; ++block)
+      all = Join::of(all, cluster_load(of_block, block));
+    __syncwarp();
+    if (lane_again() == 0) still_read = place_of_blocks;
+    __syncwarp();
+    return all;
   }
 
-  // From a number for row lane / 4 of each row tile, those for rows lane % 4 * 2 and the next.
+  // The row of kRowTiles row tiles whose total this lane is given.
   template <int kRowTiles>
-  static __device__ void spread(const float (&total)[kRowTiles], float (&own)[kRowTiles][2]) {
+  static __device__ int row_of() {
+    static_assert(kRowTiles * kRowTile <= kWarp, "each row has a lane");
+    return static_cast<int>(lane_again() % (kRowTiles * kRowTile));
+  }
+
+  // From a number for row row_of, those for rows lane % 4 * 2 and the next of each row tile.
+  template <int kRowTiles>
+  static __device__ void spread(float x, float (&own)[kRowTiles][2]) {
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        own[j][i] = __shfl_sync(kAllLanes, total[j], (lane() % kQuad * 2 + i) * kQuad);
+        own[j][i] = __shfl_sync(kAllLanes, x, j * kRowTile + lane_again() % kQuad * 2 + i);
   }
 
  private:
-  RowParts& parts;
-  const unsigned blocks;
+  const RowPlan& plan;   // in the constant memory: the registers are for logits
   unsigned threads = 0;  // that take part; 0 where this one does not
-  int parity = 0;
 
-  static __device__ int row() { return static_cast<int>(lane()) / kQuad; }
+  __device__ RowParts& parts() const {
+    return *reinterpret_cast<RowParts*>(shared_memory() + plan.parts);
+  }
 
-  // Where in a row the part of a warp is: rows of a tile have it in different banks. Four parts
-  // that a lane reads at once stay together, and what is made of them the same.
-  static __device__ unsigned warp_place(unsigned pair_of_rows) { return warp() ^ pair_of_rows; }
+  // Where in a row the part of a warp is: rows that are read at once have it in different banks.
+  static __device__ unsigned warp_place(unsigned row, unsigned warp) { return warp ^ (row & 4); }
 
   // In three steps the lanes that have parts of the same rows halve what each of them joins.
   template <class Join, int kRowTiles>
@@ -109,18 +113,18 @@ class RowTotals {
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) part[i] = own[i / 2][i % 2];
     int which = 0;
-    const bool any = halve<Join, 2 * kRowTiles, kWarp / 2>(part, which);
+    const unsigned own_lane = lane_again();
+    const bool any = halve<Join, 2 * kRowTiles, kWarp / 2>(part, own_lane, which);
     if (!any) return;
-    const unsigned pair = lane_again() % kQuad;
-    const int row = (place + which / 2) * kRowTile + static_cast<int>(pair) * 2 + which % 2;
-    parts.of_warps[row][warp_place(pair)] = part[0];
+    const unsigned row = own_lane % kQuad * 2 + static_cast<unsigned>(which % 2);
+    parts().of_warps[(place + which / 2) * kRowTile + row][warp_place(row, warp_again())] = part[0];
   }
 
   // kLeft: parts that are left; `which`: of these, is this lane's. False where it has none.
   template <class Join, int kLeft, int kOther>
-  static __device__ bool halve(float* part, int& which) {
+  static __device__ bool halve(float* part, unsigned own_lane, int& which) {
     constexpr int kKeep = (kLeft + 1) / 2;
-    const bool upper = lane() & kOther;
+    const bool upper = own_lane & kOther;
 #pragma unroll
     for (int i = 0; i < kKeep; ++i) {
       const float low = part[i], high = kKeep + i < kLeft ? part[kKeep + i] : Join::kNeutral;
@@ -130,33 +134,18 @@ class RowTotals {
     }
     int within = 0;
     bool any = true;
-    if constexpr (kOther > kQuad) any = halve<Join, kKeep, kOther / 2>(part, within);
+    if constexpr (kOther > kQuad) any = halve<Join, kKeep, kOther / 2>(part, own_lane, within);
     which = within + (upper ? kKeep : 0);
     return any && which < kLeft;
   }
 
-  // Over the lanes that share a row.
   template <class Join>
-  static __device__ float of_quad(float x) {
-    x = Join::of(x, __shfl_xor_sync(kAllLanes, x, 1));
-    return Join::of(x, __shfl_xor_sync(kAllLanes, x, 2));
-  }
-
-  template <class Join>
-  __device__ float of_warps(int place) const {
-    static_assert(kWarpsOfLane == 4, "which a lane reads at once");
-    const float4 x = *reinterpret_cast<const float4*>(parts.of_warps[place * kRowTile + row()] +
-                                                      lane() % kQuad * kWarpsOfLane);
-    return of_quad<Join>(Join::of(Join::of(x.x, x.y), Join::of(x.z, x.w)));
-  }
-
-  template <class Join>
-  __device__ float of_blocks(const float* own) const {
-    float all = Join::kNeutral;
-#pragma unroll 1
-    for (unsigned block = lane() % kQuad; block < blocks; block += kQuad)
-      all = Join::of(all, cluster_load(own, block));
-    return of_quad<Join>(all);
+  __device__ float of_warps(int row) const {
+    static_assert(kScoreWarps == 8, "two words");
+    const auto* const words = reinterpret_cast<const float4*>(parts().of_warps[row]);
+    const float4 x = words[warp_place(row, 0) / 4], y = words[warp_place(row, 4) / 4];
+    return Join::of(Join::of(Join::of(x.x, x.y), Join::of(x.z, x.w)),
+                    Join::of(Join::of(y.x, y.y), Join::of(y.z, y.w)));
   }
 };
 

@@ -14,6 +14,11 @@
 namespace sma {
 namespace cuda {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kPeelsMasking = false;
+#else
+constexpr bool kPeelsMasking = true;
+#endif
 constexpr int kMostGroups = 16;  // of heads
 constexpr int kFewGroups = 8;    // where they have few rows
 
@@ -30,14 +35,14 @@ struct Plan {
   int own_groups;    // of a block
   int group_shift;   // groups are 2 to the power of it; negative where each is a head
   bool shares_keys;  // else heads
-  int64_t part;      // tokens of a block: of its selection and, where it shares keys, its keys
+  int64_t part;      // tokens of a block: those it adds up, and where it shares keys, its keys
   ScoreMemory memory;
   // Where things lie in shared memory, behind queries and keys.
-  size_t totals;    // RowParts
+  RowPlan totals;
   size_t progress;  // Progress [warp]
   size_t counts;    // int [warp]
   size_t rows;      // int [selected]: the queries of a head
-  size_t columns;   // float [groups of this block, or one][keys]
+  size_t columns;   // float [groups of this block][token], where blocks share heads
   size_t bytes;
 };
 
@@ -46,39 +51,55 @@ struct alignas(16) Chunk {
   int head, count, first;  // count: rows of the head
   short keys, queries;     // buffers
 };
+// The same, as a warp adds it up.
+struct alignas(16) Rows {
+  int keys, queries;  // where their words are
+  int count, pass;    // pass: row tiles of one
+
+  __device__ int tiles() const { return ceil_div(count, kRowTile); }
+};
 // How far a warp is. In shared memory: the registers are for logits.
 struct Progress {
+  unsigned rank;  // of the block among those of the sample
   Chunk now, next;
+  Rows rows;
+  bool stages_later;     // the next chunk, when this one's keys are used
   int last_head;         // behind those of this block
   int group, group_end;  // which heads are added up now, and the head behind them
 };
 
-template <int kType, int kTiles>
+template <int kType, int kMostTiles>
 class SampleScores {
  public:
-  using KeyScorer = Scorer<kType, kTiles, kScoreMajor == 0 || kScoreMajor >= 9>;
+  using KeyScorer = Scorer<kType, kMostTiles, kPeelsMasking>;
 
-  __device__ SampleScores(const AttentionScoresArgs& args, const Plan& plan, int sample,
-                          unsigned rank)
+  __device__ SampleScores(const AttentionScoresArgs& args, const Plan& plan)
       : a(args),
         plan(plan),
-        b(sample),
-        rank(rank),
-        scorer(args, plan.memory, sample, shared_memory()),
-        totals(*at<RowParts>(plan.totals), plan.shares_keys ? plan.blocks : 1) {}
+        scorer(args, plan.memory, static_cast<int>(blockIdx.x / plan.blocks)),
+        totals(plan.totals) {
+    if (lane_again() == 0) progress().rank = blockIdx.x % plan.blocks;
+    __syncwarp();
+  }
 
   __device__ void run() {
     scorer.take_keys(first_key(),
                      plan.shares_keys ? min(a.tokens, first_key() + plan.part) : a.tokens);
     totals.begin(scorer.has_keys());
-    Progress& progress = at<Progress>(plan.progress)[warp()];
+    Progress& progress = this->progress();
+    const int pass = pass_of_block();
     const int first_head = first_head_of(first_group());
     const int behind = first_head_of(first_group() + plan.own_groups);
     Chunk first = {first_head - 1, kNotListed, 0, 0, 0};
     find_next(&first, behind);
     if (first.head < behind) stage(first, true);
-    if (lane() == 0)
-      progress = {first, first, behind, first_group(), first_head_of(first_group() + 1)};
+    if (lane_again() == 0) {
+      progress.now = first;
+      progress.rows.pass = pass;
+      progress.last_head = behind;
+      progress.group = first_group();
+      progress.group_end = first_head_of(first_group() + 1);
+    }
     __syncwarp();
     end_heads(first_head, first.head);
     while (progress.now.head < progress.last_head) {
@@ -91,31 +112,31 @@ class SampleScores {
       const bool other_keys = more && key_head(next.head) != key_head(progress.now.head);
       next.queries ^= 1;
       if (other_keys) next.keys = static_cast<short>(plan.memory.buffers - 1 - next.keys);
-      if (lane() == 0) progress.next = next;
       // Where there is one place for keys, others are sent for when these are used: no thread reads
       // another warp's.
       const bool later = other_keys && plan.memory.buffers == 1;
+      if (lane_again() == 0) {
+        progress.next = next;
+        progress.stages_later = later;
+      }
       if (more && !later) stage(next, other_keys);
       __syncwarp();
       add_rows(progress.now);
-      if (later) stage(progress.next, true);
+      if (progress.stages_later) stage(progress.next, true);
       end_heads(progress.now.head, progress.next.head);
       __syncwarp();
-      if (lane() == 0) progress.now = progress.next;
+      if (lane_again() == 0) progress.now = progress.next;
       __syncwarp();
     }
-    if (a.reduce != kNone) write_sums();
+    if (a.reduce != kNone) write_totals();
     cluster_sync();  // what is shared may be written over, and scores read
   }
 
  private:
   static constexpr int kNotListed = -1;
-  static constexpr int kPassTiles = pass_tiles(kType, kTiles);
 
   const AttentionScoresArgs& a;
   const Plan& plan;
-  const int b;
-  const unsigned rank;  // of this block among those of the sample
   KeyScorer scorer;
   RowTotals totals;
 
@@ -123,11 +144,21 @@ class SampleScores {
   static __device__ T* at(size_t offset) {
     return reinterpret_cast<T*>(shared_memory() + offset);
   }
+  __device__ Progress& progress() const { return at<Progress>(plan.progress)[warp_again()]; }
+  // Of this block among those of the sample.
+  __device__ unsigned rank() const { return progress().rank; }
   __device__ int64_t first_key() const {
-    return plan.shares_keys ? min(a.tokens, rank * plan.part) : 0;
+    return plan.shares_keys ? min(a.tokens, rank() * plan.part) : 0;
   }
   __device__ int key_head(int head) const {
-    return plan.memory.sharing == 1 ? head : head / plan.memory.sharing;
+    return again(plan.memory.sharing) == 1 ? head : head / plan.memory.sharing;
+  }
+
+  // Row tiles of a pass: the same of all warps, and of all blocks that share keys.
+  __device__ int pass_of_block() const {
+    constexpr int kLeast = pass_tiles(kMostTiles), kMost = pass_tiles(1);
+    if (kType == kFloat32 || kLeast == kMost || plan.shares_keys) return kLeast;
+    return __syncthreads_or(pass_tiles(scorer.tiles()) < kMost) ? kLeast : kMost;
   }
 
   // Goes on to the next chunk that has rows; its head is last_head where there is none.
@@ -139,7 +170,8 @@ class SampleScores {
       chunk->first = 0;
       if (a.head_index != nullptr || chunk->count == kNotListed)
         chunk->count =
-            list_rows(a, b, chunk->head, 0, a.selected, rows, at<int>(plan.counts)).count;
+            list_rows(a, scorer.sample(), chunk->head, 0, a.selected, rows, at<int>(plan.counts))
+                .count;
     }
   }
 
@@ -153,97 +185,101 @@ class SampleScores {
   // Warps that take no part wait at the next chunk.
   __device__ void add_rows(const Chunk& chunk) {
     if (!totals.takes_part()) return;
-    const int rows = min(chunk.count - chunk.first, plan.memory.chunk_rows());
-    const auto row_tiles = static_cast<int>(ceil_div<unsigned>(rows, kRowTile));
+    Rows& rows = progress().rows;
+    if (lane_again() == 0) {
+      rows.keys = scorer.keys_at(chunk.keys);
+      rows.queries = scorer.queries_at(chunk.queries);
+      rows.count = min(chunk.count - chunk.first, plan.memory.chunk_rows());
+    }
+    __syncwarp();
+    int first = 0;
+    while (true) {
+      if constexpr (kType == kFloat32) first = add_plainly<kMostTiles, false>(rows, first);
+      else
+        with_count<kMostTiles>(scorer.tiles(), [&](auto tiles) {
+          first = add_plainly<decltype(tiles)::value, true>(rows, first);
+        });
+      const int end = min(rows.tiles(), first + rows.pass);
+      if (first >= end) return;
 #pragma unroll 1
-    for (int first = 0; first < row_tiles; first += kPassTiles) {
-      const int count = min(row_tiles - first, kPassTiles);
-      bool done = false;
-      with_row_tiles<kPassTiles>(count, [&](auto tiles) {
-        done = add_plainly<decltype(tiles)::value>(chunk, first, rows);
-      });
-#pragma unroll 1
-      for (int i = 0; !done && i < count; ++i) add_carefully(chunk, first + i, rows);
+      for (; first < end; ++first) add_carefully(rows, first);
     }
   }
 
-  // kRowTiles: row tiles from `first` on, of a chunk of so many rows. False: nothing is added, the
-  // sum of a row is too large or too small. All warps, of all blocks, find the same.
-  template <int kRowTiles>
-  __device__ bool add_plainly(const Chunk& chunk, int first, int rows) {
-    typename KeyScorer::template Logits<kRowTiles> e;
+  // Adds the rows of row tiles from `first` on, pass by pass, by the logits of kTiles tiles of keys
+  // (kAll: as in Logits). Returns the row tile of a pass of which nothing is added, as the sum of a
+  // row is too large or too small; all warps, of all blocks, find the same.
+  template <int kTiles, bool kAll>
+  __device__ int add_plainly(const Rows& rows, int first) {
+#pragma unroll 1
+    for (; first < rows.tiles(); first += rows.pass) {
+      bool added = false;
+      with_count<pass_tiles(kTiles)>(min(rows.tiles() - first, rows.pass), [&](auto count) {
+        Logits<kTiles, decltype(count)::value, kAll> e;
+        added = add_pass(rows, first, e);
+      });
+      if (!added) break;
+    }
+    return first;
+  }
+
+  template <int kTiles, int kRowTiles, bool kAll>
+  __device__ bool add_pass(const Rows& rows, int first, Logits<kTiles, kRowTiles, kAll>& e) {
     typename KeyScorer::template OfRows<kRowTiles> sum, weight;
-    float total[kRowTiles];
-    scorer.logits(chunk.keys, chunk.queries, first, e);
+    scorer.logits(rows.keys, rows.queries + first * plan.memory.tile_words, e);
     scorer.plain_exponentials(e, sum);
-    totals.put_together<SumOfParts>(first, sum, total);
-    bool is_plain = true;
-#pragma unroll
-    for (int j = 0; j < kRowTiles; ++j)
-      is_plain &= total[j] > kLeastPlainSum && total[j] < kMostPlainSum;
-    if (!__all_sync(kAllLanes, is_plain)) return false;
-#pragma unroll
-    for (int j = 0; j < kRowTiles; ++j)
-      total[j] = is_row_of(first + j, rows) ? reciprocal_fast(total[j]) : 0.0f;
-    totals.spread(total, weight);
+    const float total = totals.put_together<SumOfParts>(first, sum);
+    if (!__all_sync(kAllLanes, total > kLeastPlainSum && total < kMostPlainSum)) return false;
+    totals.spread(weight_of<kRowTiles>(rows, first, total), weight);
     scorer.add(e, weight);
     return true;
   }
 
-  // A row tile of a chunk of so many rows.
-  __device__ void add_carefully(const Chunk& chunk, int row_tile, int rows) {
-    typename KeyScorer::template Logits<1> e;
+  __device__ void add_carefully(const Rows& rows, int row_tile) {
+    Logits<kMostTiles, 1, false> e;
     typename KeyScorer::template OfRows<1> most, sum, weight;
-    float total[1];
-    scorer.logits(chunk.keys, chunk.queries, row_tile, e);
+    scorer.logits(rows.keys, rows.queries + row_tile * plan.memory.tile_words, e);
     scorer.largest(e, most);
-    totals.put_together<MostOfParts>(kPlaceMost, most, total);
-    totals.spread(total, most);
+    totals.spread(totals.put_together<MostOfParts>(kPlaceMost, most), most);
     scorer.exponentials(e, most, sum);
-    totals.put_together<SumOfParts>(kPlaceSum, sum, total);
-    total[0] = is_row_of(row_tile, rows) ? reciprocal_fast(total[0]) : 0.0f;
-    totals.spread(total, weight);
+    const float total = totals.put_together<SumOfParts>(kPlaceSum, sum);
+    totals.spread(weight_of<1>(rows, row_tile, total), weight);
     scorer.add(e, weight);
   }
 
-  // Whether the row whose total a lane has is one.
-  static __device__ bool is_row_of(int row_tile, int rows) {
-    return row_tile * kRowTile + static_cast<int>(lane() / 4) < rows;
+  // What the exponentials of the row whose sum a lane has are multiplied by.
+  template <int kRowTiles>
+  static __device__ float weight_of(const Rows& rows, int first, float sum) {
+    const bool is_row = first * kRowTile + RowTotals::row_of<kRowTiles>() < rows.count;
+    return is_row ? reciprocal_fast(sum) : 0.0f;
   }
 
   // The first of the groups that this block adds up.
   __device__ int first_group() const {
-    return plan.shares_keys ? 0 : static_cast<int>(rank) * plan.own_groups;
+    return plan.shares_keys ? 0 : static_cast<int>(rank()) * plan.own_groups;
   }
   __device__ int first_head_of(int group) const {
     return plan.group_shift < 0 ? group : static_cast<int>(a.heads) * group >> plan.group_shift;
   }
   __device__ bool keeps_groups() const { return plan.blocks > 1 && !plan.shares_keys; }
 
-  // Writes what the rows of heads add up to, or adds it to their group's.
+  // Writes what the rows of a group of heads add up to, or adds it to the sample's.
   __device__ void end_heads(int head, int last) {
-    Progress& progress = at<Progress>(plan.progress)[warp()];
+    Progress& progress = this->progress();
 #pragma unroll 1
     for (; head < last; ++head) {
       if (head + 1 != progress.group_end) continue;
       const int group = progress.group;
-      if (a.reduce == kNone) {
-        float* const sums = a.scores + (int64_t{b} * a.heads + head) * a.tokens;
-        scorer.take_columns([&](int n, float sum) { sums[n] = sum; });
-      } else {
-        const bool first = keeps_groups() || group == first_group();
-        const int before =
-            keeps_groups() ? (group - first_group()) * static_cast<int>(a.tokens) : 0;
-        float* const sums = at<float>(plan.columns) + before;
-        const int begin = static_cast<int>(first_key());
-        if (first || scorer.has_keys())
-          scorer.take_columns([&](int n, float sum) {
-            float& all = sums[n - begin];
-            all = first ? sum : all + sum;
-          });
+      if (scorer.has_keys()) scorer.add_to_totals();
+      if (a.reduce == kNone || keeps_groups()) {
+        float* const sums =
+            a.reduce == kNone
+                ? a.scores + (scorer.sample() * a.heads + head) * a.tokens
+                : at<float>(plan.columns) + (group - first_group()) * static_cast<int>(a.tokens);
+        scorer.take_totals([&](int n, float sum) { sums[n] = sum; });
       }
       __syncwarp();
-      if (lane() == 0) {
+      if (lane_again() == 0) {
         progress.group = group + 1;
         progress.group_end = first_head_of(group + 2);
       }
@@ -251,26 +287,29 @@ class SampleScores {
     }
   }
 
-  __device__ void write_sums() {
+  // The scores of the keys that this block has, or of its part of the tokens.
+  __device__ void write_totals() {
     const float share = head_share(a);
-    float* scores = a.scores + int64_t{b} * a.tokens;
-    const int64_t begin = rank * plan.part, end = min(a.tokens, begin + plan.part);
+    float* const scores = a.scores + scorer.sample() * a.tokens;
+    if (!keeps_groups()) {
+      scorer.take_totals([&](int n, float total) { scores[n] = total * share; });
+      return;
+    }
+    const int64_t begin = rank() * plan.part, end = min(a.tokens, begin + plan.part);
     cluster_sync();
     for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) {
+      float sums[kMostGroups];  // all on their way at once
+#pragma unroll
+      for (int group = 0; group < kMostGroups; ++group) {
+        const unsigned r = group * plan.blocks >> plan.group_shift;
+        if (group < plan.groups)
+          sums[group] =
+              cluster_map(at<float>(plan.columns), r)[(group - r * plan.own_groups) * a.tokens + n];
+      }
       float total = 0.0f;
-      if (keeps_groups()) {
-        float sums[kMostGroups];  // all on their way at once
 #pragma unroll
-        for (int group = 0; group < kMostGroups; ++group) {
-          const unsigned r = group * plan.blocks >> plan.group_shift;
-          if (group < plan.groups)
-            sums[group] = cluster_map(at<float>(plan.columns),
-                                      r)[(group - r * plan.own_groups) * a.tokens + n];
-        }
-#pragma unroll
-        for (int group = 0; group < kMostGroups; ++group)
-          if (group < plan.groups) total += sums[group];
-      } else total = at<float>(plan.columns)[n - first_key()];
+      for (int group = 0; group < kMostGroups; ++group)
+        if (group < plan.groups) total += sums[group];
       scores[n] = total * share;
     }
   }

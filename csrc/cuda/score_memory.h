@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "../args.h"
 #include "device.h"
@@ -9,62 +10,59 @@
 namespace sma {
 namespace cuda {
 
-constexpr int kRowTile = 8;           // queries of an mma
-constexpr int kKeyTile = 16;          // and its keys
-constexpr int kStepBytes = 64;        // of a row of features, which 4 lanes send for
-constexpr unsigned kScoreWarps = 16;  // of a block, at most
-constexpr unsigned kWideWarps = 8;    // the same where a warp takes more registers
-constexpr int kFewTiles = 4;          // of keys, of a warp,
-constexpr int kManyTiles = 8;         // and where the warps are fewer
-constexpr int kMostRowTiles = 6;      // of queries: a chunk
-constexpr int kMostPassTiles = 3;     // of these, whose logits a warp has registers for: a pass
-constexpr int kMostChunkSteps = 24;   // of all its row tiles
+constexpr int kRowTile = 8;          // queries of an mma
+constexpr int kKeyTile = 16;         // and its keys
+constexpr int kQuad = 4;             // lanes that share a row of one, or of the other
+constexpr int kStepBytes = 64;       // of a row of features, which 4 lanes send for
+constexpr unsigned kScoreWarps = 8;  // of a block, at most
+constexpr int kFewTiles = 4;         // of keys, of a warp,
+constexpr int kManyTiles = 8;        // and where a block has more keys
+constexpr int kMostRowTiles = 6;     // of queries: a chunk
+constexpr int kMostPassTiles = 3;    // of these, whose logits a warp has registers for: a pass
+constexpr int kMostChunkSteps = 24;  // of all its row tiles
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLeastFactor = 1e-45f;  // not 0, which times -inf would be NaN
 
-constexpr int pass_tiles(int type, int key_tiles) {
-  return type == kFloat32 && key_tiles > kFewTiles ? 2 : kMostPassTiles;
-}
-// Warps that a multiprocessor has registers for. Code for GPUs from 10.0 on needs more of them.
-constexpr unsigned score_warps(int type, int key_tiles, int major) {
-  return type != kFloat32 && key_tiles == kFewTiles && major < 10 ? kScoreWarps : kWideWarps;
+// Row tiles of a pass, of a warp that has so many tiles of keys.
+__host__ __device__ constexpr int pass_tiles(int key_tiles) {
+  return key_tiles > 5 ? 2 : kMostPassTiles;
 }
 // Blocks that share a multiprocessor's registers.
-constexpr unsigned score_blocks(int type, int key_tiles, int major, unsigned warps) {
-  return warps > kWideWarps ? 1 : score_warps(type, key_tiles, major) / kWideWarps;
-}
-#ifdef __CUDA_ARCH__
-constexpr int kScoreMajor = __CUDA_ARCH__ / 100;
-#else
-constexpr int kScoreMajor = 0;  // any: the emulator's
-#endif
-// Whether this code takes so many tiles at all: where it has all warps, it needs few.
-template <int kType, int kTiles>
-constexpr bool kIsTaken = kScoreMajor == 0 || kTiles == kFewTiles ||
-                          score_warps(kType, kFewTiles, kScoreMajor) < kScoreWarps;
+constexpr unsigned score_blocks(int type) { return type == kFloat32 ? 1 : 2; }
 
-// How a block's shared memory is used.
+// Of a key and the one 8 below: what some lane adds up over its queries.
+struct alignas(8) Column {
+  float up, low;
+};
+
+// Which keys of which sample a warp has. In shared memory: the registers are for logits.
+struct alignas(16) KeyRange {
+  const char* keys;        // its first key of head 0
+  int sample, begin, end;  // begin: its first key; end: behind all keys of the block
+  int tiles;               // of its own, up to the last of which a key counts
+  bool complete;           // all keys of these count
+};
+
+// How a block's shared memory is used: two chunks of queries [buffer], keys [warp][buffer],
+// columns [warp] and a KeyRange [warp].
 struct ScoreMemory {
   int steps;      // of kStepBytes in a row of features
   int key_tiles;  // that a warp takes
   int row_tiles;  // of queries that are there together: a chunk
   int buffers;    // of keys: 2 where those of the next head come while this one's are used
   int sharing;    // heads that have the same keys
-  bool queries_in_words, keys_in_words;  // all rows can be read 16 bytes at a time
+  int tile_words, chunk_words, key_words;  // of queries: a row tile and a chunk; of a warp's keys
+  int columns;                             // of a warp: of each lane, and of all together
+  int keys_at, columns_at, ranges_at, bytes;    // keys_at: words, the others bytes
+  bool queries_in_words, keys_in_words;         // all rows can be read 16 bytes at a time
+  int64_t sample_bytes, head_bytes, row_bytes;  // of keys: from one to the next
   float sign, factor;  // of the scale; factor makes exp2 of a logit its exponential
+  float nothing;       // the logit of a key that does not count: scaling makes it -inf
 
   __host__ __device__ int keys(unsigned warps) const {
     return key_tiles * kKeyTile * static_cast<int>(warps);
   }
   __host__ __device__ int chunk_rows() const { return row_tiles * kRowTile; }
-  __host__ __device__ int chunk_words() const { return row_tiles * steps * kWarp; }
-  __host__ __device__ int key_words(unsigned warps) const {
-    return key_tiles * 2 * steps * kWarp * static_cast<int>(warps);
-  }
-  __host__ __device__ size_t bytes(unsigned warps) const {
-    return sizeof(uint4) * (2 * static_cast<size_t>(chunk_words()) +
-                            static_cast<size_t>(buffers) * key_words(warps));
-  }
 };
 
 // Whether all rows of a tensor (B, H, ., width) can be read 16 bytes at a time.
@@ -85,13 +83,34 @@ inline ScoreMemory score_memory(const AttentionScoresArgs& a, unsigned warps, in
   m.sharing = static_cast<int>(a.heads / a.kv_heads);
   m.queries_in_words = in_words(a.query, a.query_strides, a.width, size);
   m.keys_in_words = in_words(a.key, a.key_strides, a.width, size);
+  m.sample_bytes = a.key_strides[0] * size;
+  m.head_bytes = a.key_strides[1] * size;
+  m.row_bytes = a.key_strides[2] * size;
   m.sign = std::copysign(1.0f, a.scale);
+  m.nothing = -m.sign * std::numeric_limits<float>::infinity();
   m.factor = m.sign * std::max(std::fabs(a.scale) * kLog2e, kLeastFactor);
   while (m.key_tiles < most_key_tiles && m.keys(warps) < keys) ++m.key_tiles;
   while (m.row_tiles < most_row_tiles && (m.row_tiles + 1) * steps <= kMostChunkSteps &&
          m.chunk_rows() < a.selected)
     ++m.row_tiles;
-  while (m.key_tiles > 0 && static_cast<int64_t>(m.bytes(warps)) > room) --m.key_tiles;
+  const int64_t tile_words = steps * kWarp, query_words = 2 * m.row_tiles * tile_words;
+  const auto key_bytes = static_cast<int64_t>(2 * buffers * tile_words * sizeof(uint4));
+  const auto column_bytes = static_cast<int64_t>((kWarp + kKeyTile / 2) * sizeof(Column));
+  const auto all_query_bytes = static_cast<int64_t>(query_words * sizeof(uint4));
+  const int64_t left = room / warps - ceil_div<int64_t>(all_query_bytes, warps) -
+                       static_cast<int64_t>(sizeof(KeyRange));
+  m.key_tiles =
+      static_cast<int>(std::clamp<int64_t>(left / (key_bytes + column_bytes), 0, m.key_tiles));
+  if (m.key_tiles == 0) return m;
+  m.tile_words = static_cast<int>(tile_words);
+  m.chunk_words = m.row_tiles * m.tile_words;
+  m.key_words = 2 * m.key_tiles * m.tile_words;
+  m.columns = m.key_tiles * (kWarp + kKeyTile / 2);
+  m.keys_at = 2 * m.chunk_words;
+  const auto all = static_cast<int>(warps);
+  m.columns_at = static_cast<int>(sizeof(uint4)) * (m.keys_at + all * buffers * m.key_words);
+  m.ranges_at = m.columns_at + static_cast<int>(sizeof(Column)) * all * m.columns;
+  m.bytes = m.ranges_at + static_cast<int>(sizeof(KeyRange)) * all;
   return m;
 }
 

@@ -18,13 +18,12 @@ constexpr int64_t kManyRows = 128;     // of a head: beside them, the end of a g
 constexpr int64_t kMostClusterRows = 2048;
 
 template <int kType, int kTiles>
-__global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWarp, 1)
+__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType))
     masking_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                    const __grid_constant__ Plan plan, bool selects) {
-  if constexpr (!kIsTaken<kType, kTiles>) return;
-  const unsigned sample = blockIdx.x / plan.blocks, rank = blockIdx.x % plan.blocks;
-  SampleScores<kType, kTiles>(a.attention, plan, static_cast<int>(sample), rank).run();
+  SampleScores<kType, kTiles>(a.attention, plan).run();
   if (!selects) return;
+  const unsigned sample = block_again() / plan.blocks;
   select_sample<MaskHighest>(a.select, sample, shared_memory());
   for (int i = 0; i < a.num_gathers; ++i)
     gather_sample(a.gathers[i], sample, cluster_rank(), cluster_size());
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(score_warps(kType, kTiles, kScoreMajor) * kWar
 // A plan for blocks that hold all keys of a sample, or 1 / blocks of them; its warps are 0 where
 // they do not fit into `room` bytes.
 Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, int groups,
-             int buffers, bool selects, int major, int64_t room) {
+             int buffers, bool selects, int64_t room) {
   Plan plan = {};
   plan.blocks = blocks;
   plan.shares_keys = shares_keys;
@@ -43,12 +42,11 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
   while (plan.group_shift >= 0 && 1 << plan.group_shift < groups) ++plan.group_shift;
   plan.part = ceil_div<int64_t>(a.tokens, blocks);
   const int64_t keys = shares_keys ? plan.part : a.tokens;
-  const int64_t few = int64_t{score_warps(a.dtype, kFewTiles, major)} * kFewTiles * kKeyTile;
+  const int64_t few = int64_t{kScoreWarps} * kFewTiles * kKeyTile;
   plan.key_tiles = keys <= few ? kFewTiles : kManyTiles;
-  const unsigned most_warps = score_warps(a.dtype, plan.key_tiles, major);
   unsigned warps = 1;
-  while (warps < most_warps && warps * kFewTiles * kKeyTile < keys) warps *= 2;
-  const int64_t sets = a.reduce == kNone ? 0 : blocks > 1 && !shares_keys ? groups / blocks : 1;
+  while (warps < kScoreWarps && warps * kFewTiles * kKeyTile < keys) warps *= 2;
+  const int64_t sets = a.reduce != kNone && blocks > 1 && !shares_keys ? plan.own_groups : 0;
   const size_t own = sizeof(RowParts) + sizeof(Progress) * kScoreWarps +
                      sizeof(int) * (kScoreWarps + a.selected) +
                      sizeof(float) * static_cast<size_t>(sets * keys);
@@ -56,12 +54,12 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
                              room - static_cast<int64_t>(own));
   if (plan.memory.keys(warps) < keys) return plan;
   plan.warps = warps;
-  plan.totals = plan.memory.bytes(warps);
-  plan.progress = plan.totals + sizeof(RowParts);
+  plan.totals = {static_cast<size_t>(plan.memory.bytes), shares_keys ? blocks : 1};
+  plan.progress = plan.totals.parts + sizeof(RowParts);
   plan.counts = plan.progress + sizeof(Progress) * kScoreWarps;
   plan.rows = plan.counts + sizeof(int) * kScoreWarps;
   plan.columns = plan.rows + sizeof(int) * a.selected;
-  plan.bytes = plan.totals + own;
+  plan.bytes = plan.totals.parts + own;
   if (selects) plan.bytes = std::max(plan.bytes, select_sample_bytes(a.tokens));
   if (static_cast<int64_t>(plan.bytes) > room) plan.warps = 0;
   return plan;
@@ -80,20 +78,15 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   int groups = 1;
   while (groups < most_groups && groups * 2 <= a.heads) groups *= 2;
   if (apart) groups = static_cast<int>(a.heads);
-  const auto blocks_of = [&](const Plan& plan) {  // of a multiprocessor
-    return score_blocks(a.dtype, plan.key_tiles, limits.major, plan.warps);
-  };
+  const unsigned most_together = score_blocks(a.dtype);  // blocks of a multiprocessor
   const auto plan_for = [&](unsigned blocks, bool shares_keys) {
     // two blocks on a multiprocessor go before a second place for keys
-    const int64_t half = (limits.shared_bytes - kReservedShared) / 2;
     Plan best = {};
-    for (const int64_t room : {half, int64_t{limits.shared_bytes}})
-      for (const int buffers : {2, 1}) {
-        const Plan plan =
-            plan_of(a, blocks, shares_keys, groups, buffers, selects, limits.major, room);
-        const bool alone = blocks_of(plan) == 1;  // whatever its memory
-        if (plan.warps > 0 && best.warps == 0 && (!alone || room > half)) best = plan;
-      }
+    for (unsigned together = most_together; together > 0; --together)
+      for (const int buffers : {2, 1})
+        if (best.warps == 0)
+          best = plan_of(a, blocks, shares_keys, groups, buffers, selects,
+                         shared_room(limits, together));
     return best;
   };
   if (apart) return plan_for(static_cast<unsigned>(a.heads), false);
@@ -104,10 +97,11 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
       plan = plan_for(blocks, true);
   if (plan.warps == 0 || plan.shares_keys) return plan;
   // few samples: as many blocks for each as the GPU has room for
-  const int64_t at_once = limits.multiprocessors * int64_t{blocks_of(plan)};
   const auto most = std::min(most_blocks, static_cast<unsigned>(groups));
   for (unsigned blocks = 2; blocks <= most; blocks *= 2) {
     const Plan more = plan_for(blocks, false);
+    const bool alone = static_cast<int64_t>(more.bytes) > shared_room(limits, most_together);
+    const int64_t at_once = limits.multiprocessors * int64_t{alone ? 1 : most_together};
     if (more.warps == 0 || a.batch * blocks > at_once) break;
     plan = more;
   }

@@ -1,8 +1,9 @@
 // Keys of a head, and queries, brought to shared memory as the tensor cores want them.
 //
 // A block keeps its keys in tiles of 16, and the selected queries pass by in chunks, in tiles of 8.
-// Each warp has keys of its own, as many as it can take, which no other warp reads; where none of
-// them counts it only waits.
+// Each warp has tiles of its own, which no other warp reads: every so many-th of the block's, so
+// that all have about as many wherever the keys of a sample end. Tiles behind the last one of which
+// a key counts are left out, and a warp that has no others only waits.
 #pragma once
 #include "row_sums.h"
 #include "score_memory.h"
@@ -14,64 +15,73 @@ namespace cuda {
 template <int kType, int kTiles>
 class StagedRows {
  public:
-  __device__ StagedRows(const AttentionScoresArgs& args, const ScoreMemory& memory, int sample,
-                        char* shared)
-      : m(memory),
-        a(args),
-        b(sample),
-        queries(reinterpret_cast<uint4*>(shared)),
-        keys(queries + 2 * memory.chunk_words() +
-             same_in_warp(warp()) * memory.key_tiles * 2 * memory.steps * kWarp) {}
+  __device__ StagedRows(const AttentionScoresArgs& args, const ScoreMemory& memory, int sample)
+      : m(memory), a(args) {
+    __syncwarp();  // the one before it may still be read
+    if (lane_again() == 0) range().sample = sample;
+    __syncwarp();
+  }
 
   // Says which keys of the sample are the block's: before any of them are staged.
   __device__ void take_keys(int64_t first, int64_t last) {
-    begin = static_cast<int>(first) +
-            static_cast<int>(same_in_warp(warp())) * m.key_tiles * kKeyTile +
-            static_cast<int>(lane() / 4);
-    end = static_cast<int>(last);
-    valid = live = 0;
-    const uint8_t* padding = a.padding == nullptr ? nullptr : a.padding + int64_t{b} * a.tokens;
-    bool lacks = false;
+    __syncwarp();
+    if (lane_again() == 0) {
+      range().begin = static_cast<int>(first) + static_cast<int>(warp()) * kKeyTile;
+      range().end = static_cast<int>(last);
+      range().keys =
+          static_cast<const char*>(a.key) + sample() * m.sample_bytes + range().begin * m.row_bytes;
+    }
+    __syncwarp();
+    valid = 0;
+    int tiles = 0;
 #pragma unroll 1
     for (int tile = 0; tile < m.key_tiles; ++tile) {
-      uint32_t of_tile = 0;
       for (int half = 0; half < 2; ++half) {
-        const int n = key_of(tile, half);
-        if (n < end && (padding == nullptr || !padding[n])) of_tile |= 1u << half;
+        const int n = key_of(tile, lane() / kQuad + half * (kKeyTile / 2));
+        if (n < range().end && !is_padding(n)) valid |= 1u << (2 * tile + half);
       }
-      valid |= of_tile << (2 * tile);
-      if (__ballot_sync(kAllLanes, of_tile != 0)) {
-        live |= 1u << tile;
-        lacks |= of_tile != 3;
-      }
+      if (__any_sync(kAllLanes, valid >> (2 * tile) != 0)) tiles = tile + 1;
     }
-    complete = __ballot_sync(kAllLanes, lacks) == 0;
+    const bool complete = __all_sync(kAllLanes, valid == (1u << (2 * tiles)) - 1);
+    if (lane_again() == 0) {
+      range().tiles = tiles;
+      range().complete = complete && tiles > 0;
+    }
+    __syncwarp();
   }
 
+  __device__ int64_t sample() const { return range().sample; }
   // Whether any of this warp's keys counts.
-  __device__ bool has_keys() const { return live != 0; }
+  __device__ bool has_keys() const { return range().tiles > 0; }
+  // Its tiles up to the last of which a key counts: one where none does.
+  __device__ int tiles() const { return max(range().tiles, 1); }
 
-  // Sends for the keys of a head; those that do not count are zeros.
+  // Sends for the keys of a head. Those that do not count are anything: their logits are not used.
   __device__ void stage_keys(int buffer, int key_head) {
-    if (!has_keys()) return;
-    const int64_t row_bytes = a.key_strides[2] * kSize;
-    const char* const row = hoisted(
-        bytes_at(a.key, b * a.key_strides[0] + key_head * a.key_strides[1]) + begin * row_bytes);
+    const int count = range().tiles;
+    if (count == 0) return;
     const unsigned own = lane_again(), part = own % 4;  // of 16 bytes
-    uint4* to = &keys[buffer * m.key_words(warps()) + word_of(own / 4, part)];
+    const int64_t tile_bytes = static_cast<int>(warps()) * kKeyTile * m.row_bytes;
+    const char* const row =
+        hoisted(range().keys + key_head * m.head_bytes + static_cast<int>(own / 4) * m.row_bytes);
+    uint4* to = &words()[keys_at(buffer) + word_of(own / 4, part)];
 #pragma unroll 1
     for (int step = 0; step < m.steps; ++step, to += 2 * m.key_tiles * kWarp) {
       const int at = step * kStepBytes + static_cast<int>(part) * 16;
-      if (m.keys_in_words) {
-        const uint32_t reads = at < static_cast<int>(a.width) * kSize ? valid : 0;
-        const char* from = row + at;
+      if (again(m.keys_in_words)) {
+        const bool reads = at < static_cast<int>(a.width) * kSize;
+        const char *up = row + at, *low = up + kKeyTile / 2 * m.row_bytes;
 #pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i, from += 8 * row_bytes)
-          if (live >> i / 2 & 1) copy_async_16_or_zeros(&to[i * kWarp], from, reads >> i & 1);
+        for (int tile = 0; tile < kTiles; ++tile, up += tile_bytes, low += tile_bytes) {
+          uint4* const to_tile = &to[2 * tile * kWarp];
+          if (valid >> 2 * tile & 1) copy_async_16_or_zeros(to_tile, up, reads);
+          if (valid >> 2 * tile & 2) copy_async_16_or_zeros(to_tile + kWarp, low, reads);
+        }
       } else {
 #pragma unroll 1
-        for (int i = 0; i < 2 * m.key_tiles; ++i)
-          stage(&to[i * kWarp], row + i * 8 * row_bytes, a.key_strides[3], at, valid >> i & 1);
+        for (int i = 0; i < 2 * count; ++i)
+          stage(&to[i * kWarp], row + i / 2 * tile_bytes + i % 2 * (kKeyTile / 2) * m.row_bytes,
+                a.key_strides[3], at, valid >> i & 1);
       }
     }
   }
@@ -82,37 +92,49 @@ class StagedRows {
     const int left = min(m.chunk_rows(), ceil_div(list.count - first, kRowTile) * kRowTile);
     if (static_cast<int>(threadIdx.x / 4) >= left) return;
     const int64_t row_bytes = a.query_strides[2] * kSize;
-    const char* rows = bytes_at(a.query, b * a.query_strides[0] + head * a.query_strides[1]);
+    const char* rows = bytes_at(a.query, sample() * a.query_strides[0] + head * a.query_strides[1]);
     const unsigned part = threadIdx.x % 4;  // of 16 bytes
 #pragma unroll 1
     for (unsigned row = threadIdx.x / 4; static_cast<int>(row) < left; row += blockDim.x / 4) {
       const char* from =
           rows + list.rows[min(first + static_cast<int>(row), list.count - 1)] * row_bytes;
-      uint4* to =
-          &queries[buffer * m.chunk_words() + static_cast<int>(row / kRowTile) * m.steps * kWarp +
-                   word_of(row % kRowTile, part)];
+      uint4* to = &words()[queries_at(buffer, static_cast<int>(row / kRowTile)) +
+                           word_of(row % kRowTile, part)];
 #pragma unroll 1
       for (int at = static_cast<int>(part) * 16; at < m.steps * kStepBytes;
            at += kStepBytes, to += kWarp) {
-        if (m.queries_in_words)
+        if (again(m.queries_in_words))
           copy_async_16_or_zeros(to, from + at, at < static_cast<int>(a.width) * kSize);
         else stage(to, from, a.query_strides[3], at, true);
       }
     }
   }
 
+  // Where the words of a chunk's queries begin, from a row tile on, and those of this warp's keys.
+  __device__ int queries_at(int buffer, int row_tile = 0) const {
+    return buffer * m.chunk_words + row_tile * m.tile_words;
+  }
+  __device__ int keys_at(int buffer) const {
+    const auto own = static_cast<int>(warp_again());
+    return m.keys_at + (own * m.buffers + buffer) * m.key_words;
+  }
+
  protected:
   static constexpr bool kWide = kType == kFloat32;
 
   const ScoreMemory& m;
-  int end = 0;            // of the block's keys
-  bool complete = false;  // all keys of the tiles that are live count
+  // A bit for each of this lane's keys that counts: lane / 4 of a tile, and the one 8 below.
+  uint32_t valid = 0;
 
-  // The first words of a row tile's queries, and of this warp's keys.
-  __device__ const uint4* queries_of(int buffer, int row_tile) const {
-    return &queries[buffer * m.chunk_words() + row_tile * m.steps * kWarp];
+  __device__ KeyRange& range() const {
+    return reinterpret_cast<KeyRange*>(shared_memory() + m.ranges_at)[warp_again()];
   }
-  __device__ const uint4* keys_of(int buffer) const { return &keys[buffer * m.key_words(warps())]; }
+  // Of queries and keys.
+  static __device__ uint4* words() { return reinterpret_cast<uint4*>(shared_memory()); }
+  // This warp's [tile][lane], and behind them their totals [tile][key].
+  __device__ Column* columns() const {
+    return reinterpret_cast<Column*>(shared_memory() + m.columns_at) + warp_again() * m.columns;
+  }
 
   // Where 16 bytes of a step are among the words of eight rows: the same ones of all rows, and all
   // of two rows, lie in different banks.
@@ -120,28 +142,19 @@ class StagedRows {
     return row * 4 + (part ^ (row / 2 % 4));
   }
 
-  // This lane's key of a tile, of its upper or lower half.
-  __device__ int key_of(int tile, int half) const { return begin + tile * kKeyTile + half * 8; }
-  __device__ bool counts(int tile, int half) const { return valid >> (2 * tile + half) & 1; }
+  __device__ bool is_padding(int key) const {
+    return a.padding != nullptr && a.padding[sample() * a.tokens + key];
+  }
 
-  // Calls body(tile) for each that has a key that counts.
-  template <class Body>
-  __device__ void for_each_tile(const Body& body) const {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-      if (live >> tile & 1) body(tile);
+  // A key of one of this warp's tiles, among those of the sample.
+  __device__ int key_of(int tile, unsigned key) const {
+    return range().begin + tile * static_cast<int>(warps()) * kKeyTile + static_cast<int>(key);
   }
 
  private:
   static constexpr int kSize = kWide ? 4 : 2;  // bytes of an element
 
   const AttentionScoresArgs& a;
-  const int b;
-  uint4* const queries;
-  uint4* const keys;   // this warp's
-  int begin = 0;       // this lane's first key
-  uint32_t valid = 0;  // a bit for each of this lane's keys that counts,
-  uint32_t live = 0;   // and for each tile of which a key counts
 
   static __device__ const char* bytes_at(const void* base, int64_t elements) {
     return static_cast<const char*>(base) + elements * kSize;

@@ -16,6 +16,14 @@ constexpr int kPartRows = kTurnRowTiles * kRowTile;  // whose sums a block makes
 constexpr int64_t kMostParts = 32;                   // of the rows of a head, times those of keys
 constexpr int64_t kTurnRows = 512;                   // of a head, in one turn: leaves more samples
 constexpr unsigned kTurnWarps = 8;                   // of a block, at most
+#ifdef __CUDA_ARCH__
+constexpr int kTurnMajor = __CUDA_ARCH__ / 100;
+#else
+constexpr int kTurnMajor = 0;
+#endif
+
+// Blocks that share a multiprocessor's registers. Code for GPUs from 10.0 on needs more of them.
+constexpr unsigned turn_blocks(int type, int major) { return major < 10 ? score_blocks(type) : 1; }
 
 // How samples, heads and rows are taken in turns, and keys apart.
 struct Turns {
@@ -31,7 +39,20 @@ struct Turns {
   float* columns;  // [sample][group][token], where there are groups
 };
 
+// A turn's first sample, head and row; 32 bits count all that fits into a GPU.
+struct Turn {
+  int sample, head, row;
+};
+
+// Of a lane's keys, of the two rows of a row tile that it has.
+struct alignas(16) LaneSums {
+  RowSum rows[2];
+};
+
+// In shared memory: the registers are for logits.
 struct TurnShared {
+  Turn turn;
+  LaneSums own[kTurnWarps][kTurnRowTiles][kWarp];
   RowSum sums[kPartRows][kTurnWarps];
   int counts[kTurnWarps];
 };
@@ -39,20 +60,18 @@ struct TurnShared {
 template <int kType>
 class TurnScores {
  public:
-  __device__ TurnScores(const AttentionScoresArgs& args, const Turns& turns, char* memory)
-      : a(args),
-        t(turns),
-        memory(memory),
-        shared(*reinterpret_cast<TurnShared*>(memory + turns.memory.bytes(warps()))),
-        list(reinterpret_cast<int*>(&shared + 1)) {}
+  __device__ TurnScores(const AttentionScoresArgs& args, const Turns& turns) : a(args), t(turns) {}
 
   __device__ void run() {
 #pragma unroll 1
-    for (sample = 0; sample < a.batch; sample += t.samples)
+    for (int sample = 0; sample < a.batch; sample += t.samples)
 #pragma unroll 1
-      for (head = 0; head < a.heads; head += t.heads) {
-        row = 0;
+      for (int head = 0; head < a.heads; head += t.heads) {
+        int row = 0;
         do {
+          __syncthreads();
+          if (threadIdx.x == 0) shared().turn = {sample, head, row};
+          __syncthreads();
           run_turn();
           row += t.rows;
         } while (row < a.selected);
@@ -64,19 +83,27 @@ class TurnScores {
 
   const AttentionScoresArgs& a;
   const Turns& t;
-  char* const memory;
-  TurnShared& shared;
-  int* const list;
-  int sample = 0, head = 0, row = 0;  // the turn's first; 32 bits count all that fits into a GPU
 
-  __device__ int samples() const { return min(t.samples, static_cast<int>(a.batch) - sample); }
-  __device__ int heads() const { return min(t.heads, static_cast<int>(a.heads) - head); }
-  __device__ int rows() const { return min(t.rows, static_cast<int>(a.selected) - row); }
+  __device__ TurnShared& shared() const {
+    return *reinterpret_cast<TurnShared*>(shared_memory() + t.memory.bytes);
+  }
+  __device__ LaneSums& own_sums(int row_tile) const {
+    return shared().own[warp_again()][row_tile][lane_again()];
+  }
+  __device__ int* list() const { return reinterpret_cast<int*>(&shared() + 1); }
+
+  // The turn's first, and how many it has.
+  __device__ int sample() const { return shared().turn.sample; }
+  __device__ int head() const { return shared().turn.head; }
+  __device__ int row() const { return shared().turn.row; }
+  __device__ int samples() const { return min(t.samples, static_cast<int>(a.batch) - sample()); }
+  __device__ int heads() const { return min(t.heads, static_cast<int>(a.heads) - head()); }
+  __device__ int rows() const { return min(t.rows, static_cast<int>(a.selected) - row()); }
 
   __device__ bool apart() const { return a.reduce == kNone; }
   __device__ bool in_groups() const { return !apart() && t.groups > 1; }
   __device__ int groups() const { return apart() ? heads() : min(t.groups, heads()); }
-  __device__ int first_head_of(int group) const { return head + heads() * group / groups(); }
+  __device__ int first_head_of(int group) const { return head() + heads() * group / groups(); }
 
   __device__ void run_turn() {
     const int step = static_cast<int>(gridDim.x);
@@ -95,15 +122,15 @@ class TurnScores {
   }
 
   __device__ RowList list_rows_of(int64_t b, int h) const {
-    return list_rows(a, b, h, row, row + rows(), list, shared.counts);
+    return list_rows(a, b, h, row(), row() + rows(), list(), shared().counts);
   }
 
   // The sums of one part of the rows of a head, and of the keys.
   __device__ void sum_rows(int at, int part, int split) {
-    const int h = head + at % heads(), b = sample + at / heads();
+    const int h = head() + at % heads(), b = sample() + at / heads();
     RowList of_head = list_rows_of(b, h);
     of_head.count = min(of_head.count, (part + 1) * kPartRows);
-    KeyScorer scorer(a, t.memory, b, memory);
+    KeyScorer scorer(a, t.memory, b);
     const int begin = part * kPartRows;
     for (int first = begin; first < of_head.count; first += t.memory.chunk_rows()) {
       const int count = min(t.memory.chunk_rows(), of_head.count - first);
@@ -112,8 +139,8 @@ class TurnScores {
       __syncthreads();
       RowSum* parts = t.parts + (at * t.splits + split) * rows() + first;
       for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        RowSum sum = shared.sums[i][0];
-        for (unsigned w = 1; w < warps(); ++w) sum = join(sum, shared.sums[i][w]);
+        RowSum sum = shared().sums[i][0];
+        for (unsigned w = 1; w < warps(); ++w) sum = join(sum, shared().sums[i][w]);
         parts[i] = sum;
       }
       __syncthreads();
@@ -125,9 +152,8 @@ class TurnScores {
                             bool is_first) {
     const int first_key = split * t.split_keys, keys = t.memory.keys(warps());
     const int last_key = static_cast<int>(min(a.tokens, int64_t{first_key} + t.split_keys));
-    RowSum own[kTurnRowTiles][2];
-#pragma unroll
-    for (int j = 0; j < kTurnRowTiles; ++j) own[j][0] = own[j][1] = {-kInfinity, 0.0f};
+    for (int j = 0; j < kTurnRowTiles; ++j)
+      own_sums(j).rows[0] = own_sums(j).rows[1] = {-kInfinity, 0.0f};
 #pragma unroll 1
     for (int key = first_key; key < last_key; key += keys) {
       if (is_first || last_key - first_key > keys) {  // else they are there
@@ -138,35 +164,52 @@ class TurnScores {
       copy_async_wait<0>();
       __syncthreads();
       if (scorer.has_keys()) {
-#pragma unroll
-        for (int tile = 0; tile < kTurnRowTiles; tile += kTurnPassTiles)
-          if (tile < row_tiles)
-            with_row_tiles<kTurnPassTiles>(row_tiles - tile, [&](auto tiles) {
-              join_tiles<decltype(tiles)::value>(scorer, tile, &own[tile]);
-            });
+#pragma unroll 1
+        for (int tile = 0; tile < row_tiles; tile += kTurnPassTiles)
+          with_logits(scorer, row_tiles - tile, [&](auto& e) { join_tiles(scorer, tile, e); });
       }
       __syncthreads();
     }
-#pragma unroll
-    for (int j = 0; j < kTurnRowTiles; ++j)
+#pragma unroll 1
+    for (int j = 0; j < row_tiles; ++j) {
+      const LaneSums own = own_sums(j);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const RowSum sum = join_lanes(own[j][i]);
-        if (lane() < 4) shared.sums[j * kRowTile + lane() * 2 + i][warp()] = sum;
+        const RowSum sum = join_lanes(own.rows[i]);
+        if (lane() < kQuad) shared().sums[j * kRowTile + lane() * 2 + i][warp()] = sum;
       }
+    }
   }
 
-  template <int kRowTiles>
-  static __device__ void join_tiles(const KeyScorer& scorer, int row_tile, RowSum (*own)[2]) {
-    typename KeyScorer::template Logits<kRowTiles> e;
+  // Calls body with a place for the logits of a warp and of so many row tiles, of a pass at most.
+  template <class Body>
+  static __device__ void with_logits(const KeyScorer& scorer, int row_tiles, const Body& body) {
+    with_count<kTurnPassTiles>(row_tiles, [&](auto count) {
+      if constexpr (kType != kFloat32) {
+        if (scorer.tiles() == kFewTiles) {
+          Logits<kFewTiles, decltype(count)::value, true> e;
+          return body(e);
+        }
+      }
+      Logits<kFewTiles, decltype(count)::value, false> e;
+      body(e);
+    });
+  }
+
+  template <int kTiles, int kRowTiles, bool kAll>
+  __device__ void join_tiles(const KeyScorer& scorer, int row_tile,
+                             Logits<kTiles, kRowTiles, kAll>& e) {
     typename KeyScorer::template OfRows<kRowTiles> most, sum;
-    scorer.logits(0, 0, row_tile, e);
+    scorer.logits(scorer.keys_at(0), scorer.queries_at(0, row_tile), e);
     scorer.largest(e, most);
     scorer.exponentials(e, most, sum);
 #pragma unroll
-    for (int j = 0; j < kRowTiles; ++j)
+    for (int j = 0; j < kRowTiles; ++j) {
+      LaneSums own = own_sums(row_tile + j);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) own[j][i] = join(own[j][i], {most[j][i], sum[j][i]});
+      for (int i = 0; i < 2; ++i) own.rows[i] = join(own.rows[i], {most[j][i], sum[j][i]});
+      own_sums(row_tile + j) = own;
+    }
   }
 
   // Over the lanes that have parts of the same row.
@@ -194,14 +237,14 @@ class TurnScores {
   // Adds this turn's rows of a group of heads to the columns of one block of keys.
   __device__ void sum_columns(int at, int block) {
     const int64_t first_key = int64_t{block} * t.memory.keys(warps());
-    const int b = sample + at / groups();
+    const int b = sample() + at / groups();
     const int first_head = first_head_of(at % groups()),
               last_head = first_head_of(at % groups() + 1);
-    KeyScorer scorer(a, t.memory, b, memory);
+    KeyScorer scorer(a, t.memory, b);
     scorer.take_keys(first_key, min(a.tokens, first_key + t.memory.keys(warps())));
     for (int h = first_head; h < last_head; ++h) {
       const RowList of_head = list_rows_of(b, h);
-      const RowSum* whole = t.whole + ((b - sample) * heads() + h - head) * rows();
+      const RowSum* whole = t.whole + ((b - sample()) * heads() + h - head()) * rows();
       if (of_head.count > 0) scorer.stage_keys(0, h / t.memory.sharing);
       for (int first = 0, buffer = 0; first < of_head.count;
            first += t.memory.chunk_rows(), buffer ^= 1) {
@@ -216,18 +259,18 @@ class TurnScores {
         const int row_tiles = ceil_div(count, kRowTile);
 #pragma unroll 1
         for (int tile = 0; tile < row_tiles; tile += kTurnPassTiles)
-          with_row_tiles<kTurnPassTiles>(row_tiles - tile, [&](auto tiles) {
-            add_tiles<decltype(tiles)::value>(scorer, buffer, tile, whole + first, count);
-          });
+          with_logits(scorer, row_tiles - tile,
+                      [&](auto& e) { add_tiles(scorer, buffer, tile, whole + first, count, e); });
       }
       __syncthreads();  // keys and queries are taken
     }
+    scorer.add_to_totals();
     if (in_groups()) {
       float* const sums = t.columns + int64_t{at} * a.tokens;
-      scorer.take_columns([&](int n, float sum) { sums[n] = sum; });
+      scorer.take_totals([&](int n, float sum) { sums[n] = sum; });
     } else {
       float* const scores = a.scores + (apart() ? int64_t{b} * a.heads + first_head : b) * a.tokens;
-      scorer.take_columns([&](int n, float sum) { add(&scores[n], sum); });
+      scorer.take_totals([&](int n, float sum) { add(&scores[n], sum); });
     }
   }
 
@@ -236,7 +279,7 @@ class TurnScores {
     const int64_t step = int64_t{gridDim.x} * blockDim.x;
     for (int b = 0; b < samples(); ++b) {
       const float* sums = t.columns + int64_t{b} * groups() * a.tokens;
-      float* const scores = a.scores + int64_t{sample + b} * a.tokens;
+      float* const scores = a.scores + int64_t{sample() + b} * a.tokens;
       for (int64_t n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; n < a.tokens; n += step) {
         float sum = 0.0f;
         for (int group = 0; group < groups(); ++group) sum += sums[group * a.tokens + n];
@@ -247,15 +290,14 @@ class TurnScores {
 
   // Adds a turn's sum to a score; the first turn begins it.
   __device__ void add(float* score, float sum) const {
-    const bool adds = row > 0 || (!apart() && head > 0);
+    const bool adds = row() > 0 || (!apart() && head() > 0);
     *score = (adds ? *score : 0.0f) + sum * head_share(a);
   }
 
   // whole: of the chunk's rows, of which there are `count`.
-  template <int kRowTiles>
+  template <int kTiles, int kRowTiles, bool kAll>
   static __device__ void add_tiles(KeyScorer& scorer, int buffer, int row_tile, const RowSum* whole,
-                                   int count) {
-    typename KeyScorer::template Logits<kRowTiles> e;
+                                   int count, Logits<kTiles, kRowTiles, kAll>& e) {
     typename KeyScorer::template OfRows<kRowTiles> most, weight, sum;
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j)
@@ -266,7 +308,7 @@ class TurnScores {
         most[j][i] = of_row.most;
         weight[j][i] = row < count ? of_row.sum : 0.0f;
       }
-    scorer.logits(0, buffer, row_tile, e);
+    scorer.logits(scorer.keys_at(0), scorer.queries_at(buffer, row_tile), e);
     scorer.exponentials(e, most, sum);
     scorer.add(e, weight);
   }
