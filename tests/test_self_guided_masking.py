@@ -273,7 +273,7 @@ def test_masked_queries_take_the_keys_padding(backend):
 
 WIDE_HEADS = [
     *((torch.float32, 512, 100), (torch.float32, 400, 120), (torch.float32, 800, 40)),
-    (torch.bfloat16, 1024, 100),
+    *((torch.bfloat16, 1024, 100), (torch.bfloat16, 4000, 0)),
 ]
 MANY_QUERIES = {"batch": 2, "heads": 1, "queries": 4200, "selected": 4200, "width": 4}
 GRADIENTS = [

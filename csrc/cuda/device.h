@@ -177,8 +177,8 @@ __device__ inline unsigned warps() { return blockDim.x / kWarp; }
 // A number that all lanes have, told to the compiler as such. All lanes call it.
 __device__ inline unsigned same_in_warp(unsigned x) { return __shfl_sync(kAllLanes, x, 0); }
 
-// The same number, read anew: what is made of it is made again too, and takes no register until
-// then.
+// The same number, of which the compiler no longer knows what it was: what is made of it is made
+// where it is used, each time, and takes no register until then.
 __device__ inline unsigned again(unsigned x) {
 #ifdef __CUDACC__
   asm volatile("" : "+r"(x));

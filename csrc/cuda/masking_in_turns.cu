@@ -18,7 +18,7 @@ constexpr int64_t kMostTurnGroups = 16;     // of heads, whose columns are summe
 constexpr int64_t kColumnsShare = 4;        // of the scratch memory, the most that these sums take
 
 template <int kType>
-__global__ void __launch_bounds__(kTurnWarps* kWarp, turn_blocks(kType, kTurnMajor))
+__global__ void __launch_bounds__(kTurnWarps* kWarp, score_blocks(kType, kScoreMajor))
     turns_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                  const __grid_constant__ Turns turns) {
   TurnScores<kType>(a.attention, turns).run();
@@ -52,11 +52,11 @@ TurnsPlan turns_plan(const AttentionScoresArgs& a, const DeviceLimits& limits) {
   const auto try_plan = [&](unsigned blocks, unsigned warps) {  // so many on a multiprocessor
     plan.room = static_cast<size_t>(shared_room(limits, blocks));
     t.memory = score_memory(a, warps, kFewTiles, kTurnRowTiles, a.tokens, 1,
-                            static_cast<int64_t>(plan.room) - static_cast<int64_t>(own));
+                            static_cast<int64_t>(plan.room) - static_cast<int64_t>(own), true);
     plan.warps = t.memory.key_tiles > 0 ? warps : 0;
     plan.bytes = static_cast<size_t>(t.memory.bytes) + own;
   };
-  try_plan(turn_blocks(a.dtype, limits.major), kTurnWarps);
+  try_plan(score_blocks(a.dtype, limits.major), kTurnWarps);
   // rows so long that not a tile of keys fits for each warp
   for (unsigned warps = kTurnWarps; plan.warps == 0 && warps > 0; warps /= 2) try_plan(1, warps);
   if (plan.warps == 0) return plan;

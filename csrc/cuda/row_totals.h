@@ -57,24 +57,9 @@ class RowTotals {
   __device__ float put_together(int place, const float (&own)[kRowTiles][2]) {
     tell_warps<Join>(own, place);
     const int row = row_of<kRowTiles>();
-    if (plan.blocks == 1) {
-      sync_some(threads);
-      return of_warps<Join>(place * kRowTile + row);
-    }
-    __syncthreads();
-    int& still_read = parts().still_read[warp_again()];
-    const int place_of_blocks = still_read ^ 1;
-    float* const of_block = &parts().of_blocks[place_of_blocks][row];
-    if (threadIdx.x < kRowTiles * kRowTile) *of_block = of_warps<Join>(place * kRowTile + row);
-    cluster_sync();
-    float all = Join::kNeutral;
-#pragma unroll 1
-    for (unsigned block = 0; block < plan.blocks; ++block)
-      all = Join::of(all, cluster_load(of_block, block));
-    __syncwarp();
-    if (lane_again() == 0) still_read = place_of_blocks;
-    __syncwarp();
-    return all;
+    sync_some(threads);
+    const float of_block = of_warps<Join>(place * kRowTile + row);
+    return plan.blocks == 1 ? of_block : of_blocks<Join>(of_block, row, kRowTiles * kRowTile);
   }
 
   // The row of kRowTiles row tiles whose total this lane is given.
@@ -137,6 +122,31 @@ class RowTotals {
     if constexpr (kOther > kQuad) any = halve<Join, kKeep, kOther / 2>(part, own_lane, within);
     which = within + (upper ? kKeep : 0);
     return any && which < kLeft;
+  }
+
+  // Of a row, from this block's total of it. Each block tells it of so many rows.
+  template <class Join>
+  __device__ float of_blocks(float of_block, int row, unsigned rows) const {
+    constexpr unsigned kAtOnce = 4;  // on their way
+    int& still_read = parts().still_read[warp_again()];
+    const int which = still_read ^ 1;
+    float* const place = &parts().of_blocks[which][row];
+    if (threadIdx.x < rows) *place = of_block;
+    cluster_sync();
+    float all = Join::kNeutral;
+#pragma unroll 1
+    for (unsigned first = 0; first < plan.blocks; first += kAtOnce) {
+      float some[kAtOnce];
+#pragma unroll
+      for (unsigned i = 0; i < kAtOnce; ++i)
+        some[i] = first + i < plan.blocks ? cluster_load(place, first + i) : Join::kNeutral;
+#pragma unroll
+      for (unsigned i = 0; i < kAtOnce; ++i) all = Join::of(all, some[i]);
+    }
+    __syncwarp();
+    if (lane_again() == 0) still_read = which;
+    __syncwarp();
+    return all;
   }
 
   template <class Join>

@@ -14,11 +14,6 @@
 namespace sma {
 namespace cuda {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kPeelsMasking = false;
-#else
-constexpr bool kPeelsMasking = true;
-#endif
 constexpr int kMostGroups = 16;  // of heads
 constexpr int kFewGroups = 8;    // where they have few rows
 
@@ -51,18 +46,18 @@ struct alignas(16) Chunk {
   int head, count, first;  // count: rows of the head
   short keys, queries;     // buffers
 };
-// The same, as a warp adds it up.
-struct alignas(16) Rows {
+// Its rows, as a warp adds them up.
+struct alignas(16) ChunkRows {
   int keys, queries;  // where their words are
   int count, pass;    // pass: row tiles of one
 
   __device__ int tiles() const { return ceil_div(count, kRowTile); }
 };
-// How far a warp is. In shared memory: the registers are for logits.
+// Where a warp is, and how far. In shared memory: the registers are for logits.
 struct Progress {
   unsigned rank;  // of the block among those of the sample
   Chunk now, next;
-  Rows rows;
+  ChunkRows rows;
   bool stages_later;     // the next chunk, when this one's keys are used
   int last_head;         // behind those of this block
   int group, group_end;  // which heads are added up now, and the head behind them
@@ -71,7 +66,8 @@ struct Progress {
 template <int kType, int kMostTiles>
 class SampleScores {
  public:
-  using KeyScorer = Scorer<kType, kMostTiles, kPeelsMasking>;
+  // before sm_90 the registers do not last for a step apart
+  using KeyScorer = Scorer<kType, kMostTiles, kScoreMajor == 0 || kScoreMajor >= 9>;
 
   __device__ SampleScores(const AttentionScoresArgs& args, const Plan& plan)
       : a(args),
@@ -185,7 +181,7 @@ class SampleScores {
   // Warps that take no part wait at the next chunk.
   __device__ void add_rows(const Chunk& chunk) {
     if (!totals.takes_part()) return;
-    Rows& rows = progress().rows;
+    ChunkRows& rows = progress().rows;
     if (lane_again() == 0) {
       rows.keys = scorer.keys_at(chunk.keys);
       rows.queries = scorer.queries_at(chunk.queries);
@@ -207,10 +203,10 @@ class SampleScores {
   }
 
   // Adds the rows of row tiles from `first` on, pass by pass, by the logits of kTiles tiles of keys
-  // (kAll: as in Logits). Returns the row tile of a pass of which nothing is added, as the sum of a
-  // row is too large or too small; all warps, of all blocks, find the same.
+  // (kAll: as in Logits). Returns how far that went: to the end, or to a pass of which nothing is
+  // added, as the sum of a row is too large or too small; all warps, of all blocks, find the same.
   template <int kTiles, bool kAll>
-  __device__ int add_plainly(const Rows& rows, int first) {
+  __device__ int add_plainly(const ChunkRows& rows, int first) {
 #pragma unroll 1
     for (; first < rows.tiles(); first += rows.pass) {
       bool added = false;
@@ -224,7 +220,7 @@ class SampleScores {
   }
 
   template <int kTiles, int kRowTiles, bool kAll>
-  __device__ bool add_pass(const Rows& rows, int first, Logits<kTiles, kRowTiles, kAll>& e) {
+  __device__ bool add_pass(const ChunkRows& rows, int first, Logits<kTiles, kRowTiles, kAll>& e) {
     typename KeyScorer::template OfRows<kRowTiles> sum, weight;
     scorer.logits(rows.keys, rows.queries + first * plan.memory.tile_words, e);
     scorer.plain_exponentials(e, sum);
@@ -235,7 +231,7 @@ class SampleScores {
     return true;
   }
 
-  __device__ void add_carefully(const Rows& rows, int row_tile) {
+  __device__ void add_carefully(const ChunkRows& rows, int row_tile) {
     Logits<kMostTiles, 1, false> e;
     typename KeyScorer::template OfRows<1> most, sum, weight;
     scorer.logits(rows.keys, rows.queries + row_tile * plan.memory.tile_words, e);
@@ -249,7 +245,7 @@ class SampleScores {
 
   // What the exponentials of the row whose sum a lane has are multiplied by.
   template <int kRowTiles>
-  static __device__ float weight_of(const Rows& rows, int first, float sum) {
+  static __device__ float weight_of(const ChunkRows& rows, int first, float sum) {
     const bool is_row = first * kRowTile + RowTotals::row_of<kRowTiles>() < rows.count;
     return is_row ? reciprocal_fast(sum) : 0.0f;
   }

@@ -76,7 +76,7 @@ class Scorer : public StagedRows<kType, kMostTiles> {
       next_step();
     }
     if (this->range().complete) return;
-    const uint32_t valid = again(this->valid);
+    const uint32_t valid = this->range().valid[lane_again()];
     each_tile<kTiles, kAll>([&](int tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -163,7 +163,8 @@ class Scorer : public StagedRows<kType, kMostTiles> {
     __syncwarp();
   }
 
-  // Calls body(key of the sample, its total) for each of the block's keys; begins the totals anew.
+  // Calls body(key of the sample, its total) for each whose total this lane has, of all keys of the
+  // block, and begins the totals anew.
   template <class Body>
   __device__ void take_totals(const Body& body) {
     for_each_own_key([&](int tile, unsigned key, Column& total) {
@@ -208,10 +209,11 @@ class Scorer : public StagedRows<kType, kMostTiles> {
   template <class Body>
   __device__ void for_each_own_key(const Body& body) {
     const unsigned own = lane_again();
+    constexpr int kHalf = kKeyTile / 2;
     Column* const totals = &this->columns()[m.key_tiles * kWarp];
 #pragma unroll 1
-    for (int tile = static_cast<int>(own / 8); tile < m.key_tiles; tile += kWarp / 8)
-      body(tile, own % 8, totals[tile * 8 + own % 8]);
+    for (int tile = static_cast<int>(own / kHalf); tile < m.key_tiles; tile += kWarp / kHalf)
+      body(tile, own % kHalf, totals[tile * kHalf + own % kHalf]);
   }
 
   template <int kRowTiles, class Body>
@@ -279,7 +281,7 @@ class Scorer : public StagedRows<kType, kMostTiles> {
   template <int kTiles, int kRowTiles, bool kAll>
   __device__ void multiply_wide(const uint4* query, const uint4* key,
                                 Logits<kTiles, kRowTiles, kAll>& logit) const {
-    const unsigned own = lane_again(), word = word_of(own / 4, own % 4);
+    const unsigned own = lane_again(), word = word_of(own / kQuad, own % kQuad);
     Split<2> q[2][kRowTiles];
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {

@@ -18,7 +18,7 @@ constexpr int64_t kManyRows = 128;     // of a head: beside them, the end of a g
 constexpr int64_t kMostClusterRows = 2048;
 
 template <int kType, int kTiles>
-__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType))
+__global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType, kScoreMajor))
     masking_kernel(const __grid_constant__ SelfGuidedMaskingArgs a,
                    const __grid_constant__ Plan plan, bool selects) {
   SampleScores<kType, kTiles>(a.attention, plan).run();
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, score_blocks(kType))
 // A plan for blocks that hold all keys of a sample, or 1 / blocks of them; its warps are 0 where
 // they do not fit into `room` bytes.
 Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, int groups,
-             int buffers, bool selects, int64_t room) {
+             int row_tiles, int buffers, bool selects, int64_t room) {
   Plan plan = {};
   plan.blocks = blocks;
   plan.shares_keys = shares_keys;
@@ -50,9 +50,9 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
   const size_t own = sizeof(RowParts) + sizeof(Progress) * kScoreWarps +
                      sizeof(int) * (kScoreWarps + a.selected) +
                      sizeof(float) * static_cast<size_t>(sets * keys);
-  plan.memory = score_memory(a, warps, plan.key_tiles, kMostRowTiles, keys, buffers,
+  plan.memory = score_memory(a, warps, plan.key_tiles, row_tiles, keys, buffers,
                              room - static_cast<int64_t>(own));
-  if (plan.memory.keys(warps) < keys) return plan;
+  if (plan.memory.key_tiles == 0 || plan.memory.keys(warps) < keys) return plan;
   plan.warps = warps;
   plan.totals = {static_cast<size_t>(plan.memory.bytes), shares_keys ? blocks : 1};
   plan.progress = plan.totals.parts + sizeof(RowParts);
@@ -78,28 +78,31 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   int groups = 1;
   while (groups < most_groups && groups * 2 <= a.heads) groups *= 2;
   if (apart) groups = static_cast<int>(a.heads);
-  const unsigned most_together = score_blocks(a.dtype);  // blocks of a multiprocessor
-  const auto plan_for = [&](unsigned blocks, bool shares_keys) {
+  const unsigned most_together = score_blocks(a.dtype, limits.major);  // blocks of a multiprocessor
+  const auto plan_for = [&](unsigned blocks, bool shares_keys, int row_tiles) {
     // two blocks on a multiprocessor go before a second place for keys
     Plan best = {};
     for (unsigned together = most_together; together > 0; --together)
       for (const int buffers : {2, 1})
         if (best.warps == 0)
-          best = plan_of(a, blocks, shares_keys, groups, buffers, selects,
+          best = plan_of(a, blocks, shares_keys, groups, row_tiles, buffers, selects,
                          shared_room(limits, together));
     return best;
   };
-  if (apart) return plan_for(static_cast<unsigned>(a.heads), false);
-  Plan plan = plan_for(1, false);
+  // where keys leave little room, chunks of fewer queries, whatever the number of blocks
+  Plan plan = {};
+  for (int row_tiles = kMostRowTiles; plan.warps == 0 && row_tiles > 0; row_tiles /= 2)
+    plan = plan_for(apart ? static_cast<unsigned>(a.heads) : 1, false, row_tiles);
+  if (apart) return plan;
   const int64_t rows = a.selected * (a.head_index == nullptr ? a.heads : 1);
   if (plan.warps == 0 && rows <= kMostClusterRows)
     for (unsigned blocks = 2; plan.warps == 0 && blocks <= most_blocks; blocks *= 2)
-      plan = plan_for(blocks, true);
+      plan = plan_for(blocks, true, kMostRowTiles);
   if (plan.warps == 0 || plan.shares_keys) return plan;
   // few samples: as many blocks for each as the GPU has room for
   const auto most = std::min(most_blocks, static_cast<unsigned>(groups));
   for (unsigned blocks = 2; blocks <= most; blocks *= 2) {
-    const Plan more = plan_for(blocks, false);
+    const Plan more = plan_for(blocks, false, plan.memory.row_tiles);
     const bool alone = static_cast<int64_t>(more.bytes) > shared_room(limits, most_together);
     const int64_t at_once = limits.multiprocessors * int64_t{alone ? 1 : most_together};
     if (more.warps == 0 || a.batch * blocks > at_once) break;

@@ -2,8 +2,9 @@
 //
 // A block keeps its keys in tiles of 16, and the selected queries pass by in chunks, in tiles of 8.
 // Each warp has tiles of its own, which no other warp reads: every so many-th of the block's, so
-// that all have about as many wherever the keys of a sample end. Tiles behind the last one of which
-// a key counts are left out, and a warp that has no others only waits.
+// that all have about as many wherever the keys of a sample end. What lies behind the last tile of
+// which a key counts is left out; warps that have nothing else wait for the others, or, where a
+// whole cluster of blocks waits, take one tile of which nothing counts.
 #pragma once
 #include "row_sums.h"
 #include "score_memory.h"
@@ -32,18 +33,29 @@ class StagedRows {
           static_cast<const char*>(a.key) + sample() * m.sample_bytes + range().begin * m.row_bytes;
     }
     __syncwarp();
-    valid = 0;
-    int tiles = 0;
-#pragma unroll 1
-    for (int tile = 0; tile < m.key_tiles; ++tile) {
-      for (int half = 0; half < 2; ++half) {
-        const int n = key_of(tile, lane() / kQuad + half * (kKeyTile / 2));
-        if (n < range().end && !is_padding(n)) valid |= 1u << (2 * tile + half);
-      }
-      if (__any_sync(kAllLanes, valid >> (2 * tile) != 0)) tiles = tile + 1;
+    const unsigned of_warp = lane_again();
+    // a lane finds out about four keys of a tile: what it reads is on its way at once
+    const auto own_tile = static_cast<int>(of_warp / kQuad);
+    const int own = key_of(own_tile, of_warp % kQuad * 4), left = range().end - own;
+    uint32_t four = 0;
+    if (own_tile < m.key_tiles && left > 0) {
+      four = left < 4 ? (1u << left) - 1 : 0xF;
+      if (a.padding != nullptr)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (a.padding[sample() * a.tokens + min(own + i, range().end - 1)]) four &= ~(1u << i);
     }
+    uint32_t valid = 0;
+#pragma unroll 1
+    for (int i = 0; i < 2 * m.key_tiles; ++i) {  // eight keys, that have two lanes
+      const uint32_t of_key = __shfl_sync(kAllLanes, four, i * 2 + static_cast<int>(of_warp / 16));
+      valid |= (of_key >> of_warp / kQuad % 4 & 1) << i;
+    }
+    const int bits = 32 - __clz(static_cast<int>(__reduce_or_sync(kAllLanes, valid)));
+    const int tiles = (bits + 1) / 2;
     const bool complete = __all_sync(kAllLanes, valid == (1u << (2 * tiles)) - 1);
-    if (lane_again() == 0) {
+    range().valid[of_warp] = valid;
+    if (of_warp == 0) {
       range().tiles = tiles;
       range().complete = complete && tiles > 0;
     }
@@ -60,11 +72,12 @@ class StagedRows {
   __device__ void stage_keys(int buffer, int key_head) {
     const int count = range().tiles;
     if (count == 0) return;
-    const unsigned own = lane_again(), part = own % 4;  // of 16 bytes
+    const unsigned own = lane_again(), part = own % kQuad;  // of 16 bytes
+    const uint32_t valid = range().valid[own];
     const int64_t tile_bytes = static_cast<int>(warps()) * kKeyTile * m.row_bytes;
-    const char* const row =
-        hoisted(range().keys + key_head * m.head_bytes + static_cast<int>(own / 4) * m.row_bytes);
-    uint4* to = &words()[keys_at(buffer) + word_of(own / 4, part)];
+    const char* const row = hoisted(range().keys + key_head * m.head_bytes +
+                                    static_cast<int>(own / kQuad) * m.row_bytes);
+    uint4* to = &words()[keys_at(buffer) + word_of(own / kQuad, part)];
 #pragma unroll 1
     for (int step = 0; step < m.steps; ++step, to += 2 * m.key_tiles * kWarp) {
       const int at = step * kStepBytes + static_cast<int>(part) * 16;
@@ -90,12 +103,13 @@ class StagedRows {
   // one: they have weight 0, and take no path that it does not.
   __device__ void stage_queries(int buffer, int64_t head, const RowList& list, int first) {
     const int left = min(m.chunk_rows(), ceil_div(list.count - first, kRowTile) * kRowTile);
-    if (static_cast<int>(threadIdx.x / 4) >= left) return;
+    if (static_cast<int>(threadIdx.x / kQuad) >= left) return;
     const int64_t row_bytes = a.query_strides[2] * kSize;
     const char* rows = bytes_at(a.query, sample() * a.query_strides[0] + head * a.query_strides[1]);
-    const unsigned part = threadIdx.x % 4;  // of 16 bytes
+    const unsigned part = threadIdx.x % kQuad;  // of 16 bytes
 #pragma unroll 1
-    for (unsigned row = threadIdx.x / 4; static_cast<int>(row) < left; row += blockDim.x / 4) {
+    for (unsigned row = threadIdx.x / kQuad; static_cast<int>(row) < left;
+         row += blockDim.x / kQuad) {
       const char* from =
           rows + list.rows[min(first + static_cast<int>(row), list.count - 1)] * row_bytes;
       uint4* to = &words()[queries_at(buffer, static_cast<int>(row / kRowTile)) +
@@ -123,8 +137,6 @@ class StagedRows {
   static constexpr bool kWide = kType == kFloat32;
 
   const ScoreMemory& m;
-  // A bit for each of this lane's keys that counts: lane / 4 of a tile, and the one 8 below.
-  uint32_t valid = 0;
 
   __device__ KeyRange& range() const {
     return reinterpret_cast<KeyRange*>(shared_memory() + m.ranges_at)[warp_again()];

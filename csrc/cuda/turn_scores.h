@@ -16,14 +16,6 @@ constexpr int kPartRows = kTurnRowTiles * kRowTile;  // whose sums a block makes
 constexpr int64_t kMostParts = 32;                   // of the rows of a head, times those of keys
 constexpr int64_t kTurnRows = 512;                   // of a head, in one turn: leaves more samples
 constexpr unsigned kTurnWarps = 8;                   // of a block, at most
-#ifdef __CUDA_ARCH__
-constexpr int kTurnMajor = __CUDA_ARCH__ / 100;
-#else
-constexpr int kTurnMajor = 0;
-#endif
-
-// Blocks that share a multiprocessor's registers. Code for GPUs from 10.0 on needs more of them.
-constexpr unsigned turn_blocks(int type, int major) { return major < 10 ? score_blocks(type) : 1; }
 
 // How samples, heads and rows are taken in turns, and keys apart.
 struct Turns {
@@ -44,15 +36,9 @@ struct Turn {
   int sample, head, row;
 };
 
-// Of a lane's keys, of the two rows of a row tile that it has.
-struct alignas(16) LaneSums {
-  RowSum rows[2];
-};
-
 // In shared memory: the registers are for logits.
 struct TurnShared {
   Turn turn;
-  LaneSums own[kTurnWarps][kTurnRowTiles][kWarp];
   RowSum sums[kPartRows][kTurnWarps];
   int counts[kTurnWarps];
 };
@@ -88,7 +74,8 @@ class TurnScores {
     return *reinterpret_cast<TurnShared*>(shared_memory() + t.memory.bytes);
   }
   __device__ LaneSums& own_sums(int row_tile) const {
-    return shared().own[warp_again()][row_tile][lane_again()];
+    auto* const own = reinterpret_cast<LaneSums*>(shared_memory() + t.memory.sums_at);
+    return own[(warp_again() * t.memory.row_tiles + row_tile) * kWarp + lane_again()];
   }
   __device__ int* list() const { return reinterpret_cast<int*>(&shared() + 1); }
 
@@ -152,7 +139,7 @@ class TurnScores {
                             bool is_first) {
     const int first_key = split * t.split_keys, keys = t.memory.keys(warps());
     const int last_key = static_cast<int>(min(a.tokens, int64_t{first_key} + t.split_keys));
-    for (int j = 0; j < kTurnRowTiles; ++j)
+    for (int j = 0; j < row_tiles; ++j)
       own_sums(j).rows[0] = own_sums(j).rows[1] = {-kInfinity, 0.0f};
 #pragma unroll 1
     for (int key = first_key; key < last_key; key += keys) {
