@@ -144,7 +144,7 @@ int bipartition_of(const BipartitionArgs& a, const Place& place) {
   };
   if (bytes_with(0) > room) return kTooManyTokens;
   // three slabs where two blocks still fit on a multiprocessor; or as many as there is room for
-  const int64_t half = room / 2 - kReservedShared;
+  const int64_t half = shared_room(limits, 2);
   int places = kMostPlaces;
   while (places > 0 && bytes_with(places) > (places > 2 ? half : room)) --places;
   return launch_cut<T, false>(a, 1, places, place);

@@ -33,7 +33,7 @@ struct Plan {
   int64_t part;      // tokens of a block: those it adds up, and where it shares keys, its keys
   ScoreMemory memory;
   // Where things lie in shared memory, behind queries and keys.
-  RowPlan totals;
+  RowPlan totals;   // says so of RowParts
   size_t progress;  // Progress [warp]
   size_t counts;    // int [warp]
   size_t rows;      // int [selected]: the queries of a head

@@ -33,8 +33,9 @@ class StagedRows {
           static_cast<const char*>(a.key) + sample() * m.sample_bytes + range().begin * m.row_bytes;
     }
     __syncwarp();
-    const unsigned of_warp = lane_again();
     // a lane finds out about four keys of a tile: what it reads is on its way at once
+    static_assert(kTiles * kQuad <= kWarp, "all keys have a lane");
+    const unsigned of_warp = lane_again();
     const auto own_tile = static_cast<int>(of_warp / kQuad);
     const int own = key_of(own_tile, of_warp % kQuad * 4), left = range().end - own;
     uint32_t four = 0;
@@ -93,8 +94,9 @@ class StagedRows {
       } else {
 #pragma unroll 1
         for (int i = 0; i < 2 * count; ++i)
-          stage(&to[i * kWarp], row + i / 2 * tile_bytes + i % 2 * (kKeyTile / 2) * m.row_bytes,
-                a.key_strides[3], at, valid >> i & 1);
+          if (valid >> i & 1)
+            stage(&to[i * kWarp], row + i / 2 * tile_bytes + i % 2 * (kKeyTile / 2) * m.row_bytes,
+                  a.key_strides[3], at);
       }
     }
   }
@@ -119,7 +121,7 @@ class StagedRows {
            at += kStepBytes, to += kWarp) {
         if (again(m.queries_in_words))
           copy_async_16_or_zeros(to, from + at, at < static_cast<int>(a.width) * kSize);
-        else stage(to, from, a.query_strides[3], at, true);
+        else stage(to, from, a.query_strides[3], at);
       }
     }
   }
@@ -173,8 +175,8 @@ class StagedRows {
   }
 
   // 16 bytes of a row to shared memory, zeros behind its end.
-  __device__ void stage(uint4* to, const char* row, int64_t stride, int offset, bool read) const {
-    const int bytes = read ? static_cast<int>(a.width) * kSize - offset : 0;
+  __device__ void stage(uint4* to, const char* row, int64_t stride, int offset) const {
+    const int bytes = static_cast<int>(a.width) * kSize - offset;
     if (bytes <= 0) {
       *to = uint4{};
     } else {
