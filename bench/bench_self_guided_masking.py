@@ -1,5 +1,6 @@
 """self_guided_masking against plain PyTorch and the published formula."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -64,3 +65,10 @@ def set_up(settings: harness.Settings, name: str, *, drawn: bool = False) -> har
 @pytest.mark.parametrize("shape", shapes.ATTENTION)
 def bench_self_guided_masking(measure, settings, shape):
     measure(set_up(settings, shape))
+
+
+@pytest.mark.parametrize("shape", ("protein", "molecule"))
+def bench_self_guided_masking_drawn(measure, settings, shape):
+    """As training calls it. No peers: theirs are timed above, with queries already drawn."""
+    case = set_up(settings, shape, drawn=True)
+    measure(dataclasses.replace(case, part="forward, drawn", peers={}))

@@ -154,8 +154,21 @@ def launch(
     blocks = triton.cdiv(tokens, block)
     scores = torch.empty(shape, dtype=torch.float32, device=device)
     index, index_stride = rows_of(query_index, attention)
-    strides = (*attention.stride(), index_stride)
-    kinds = {"INDEXED": query_index is not None, "APART": attention.stride(3) != 1 and tokens > 1}
+    batch_stride, head_stride, row_stride, token_stride = attention.stride()
+    common = {
+        "attention": attention,
+        "query_index": index,
+        "queries": queries,
+        "tokens": tokens,
+        "batch_stride": batch_stride,
+        "head_stride": head_stride,
+        "row_stride": row_stride,
+        "token_stride": token_stride,
+        "index_stride": index_stride,
+        "INDEXED": query_index is not None,
+        "APART": token_stride != 1 and tokens > 1,
+        **options(chosen["num_warps"], all_registers=True),
+    }
     by_head = attention if head_index is None else head_index.contiguous()
     in_turns = logits and not in_row
     held = turns.SCRATCH // (2 if in_turns else 1)  # for statistics, and for sums of heads
@@ -169,23 +182,28 @@ def launch(
     sums = turns.Sums(scores, every, samples > 0, factor, torch.float64)
     with torch.cuda.device_of(attention):
         for turn in every:
-            place = (turn.sample, turn.head, turn.row, turn.heads, turn.rows)
+            of_turn = {
+                "stats": stats,
+                "first_sample": turn.sample,
+                "first_head": turn.head,
+                "first_row": turn.row,
+                "turn_heads": turn.heads,
+                "rows": turn.rows,
+            }
             if in_turns:
                 statistics_kernel[(turn.samples * turn.heads * turn.rows,)](
-                    *(attention, index, stats, queries, tokens, *strides, *place),
-                    **kinds,
-                    BLOCK=chosen["block"],
-                    **options(chosen["num_warps"], all_registers=True),
+                    **common, **of_turn, BLOCK=chosen["block"]
                 )
-            to, programs, how = sums.place(turn)
-            aggregate_attention_kernel[(blocks, programs, turn.samples)](
-                *(attention, index, by_head, stats, to, queries, selected, tokens, *strides),
-                *(*place, *how),
-                **kinds,
+            aggregate_attention_kernel[(blocks, sums.programs(turn), turn.samples)](
+                **common,
+                **of_turn,
+                **sums.place(turn),
+                adds=sums.adds(turn),
+                head_index=by_head,
+                selected=selected,
                 BY_HEAD=head_index is not None,
                 LOGITS=0 if not logits else 1 if in_row else 2,
                 BLOCK=block,
-                **options(chosen["num_warps"], all_registers=True),
             )
             sums.add_up(turn)
     return scores

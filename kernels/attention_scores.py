@@ -227,22 +227,35 @@ def launch(
     selected = queries if query_index is None else query_index.shape[1]
     apart = head_reduce == "none"
     shape = (batch, heads, tokens) if apart else (batch, tokens)
+    query = query.expand(batch, -1, -1, -1)
     if 0 in (batch, heads, queries, selected, tokens):
         return torch.zeros(shape, dtype=torch.float32, device=key.device)
     padding = key if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
     index, index_stride = rows_of(query_index, key)
     by_head = key if head_index is None else head_index.contiguous()
     factor = 1.0 / heads if head_reduce == "mean" and head_index is None else 1.0
-    of_query = (0 if query.shape[0] == 1 else query.stride(0), *query.stride()[1:])
-    strides = (*of_query, *key.stride(), tokens, index_stride)
-    sizes = (heads, heads // kv_heads, queries, selected, tokens, width, scale * _LOG2E)
     divisor = _divisor(query, key)
     loaded = "attention_scores.features" if divisor > 1 else "attention_scores.unaligned"
     features = setting(loaded, key.device, key.element_size())
     kept = power_of_2(width) <= features["kept"]
     block_width = power_of_2(width) if kept else features["width"]
-    common = (query, key, index, by_head, padding), (*sizes, *strides)
-    kinds = {
+    common = {
+        "query": query,
+        "key": key,
+        "query_index": index,
+        "head_index": by_head,
+        "padding": padding,
+        "heads": heads,
+        "group": heads // kv_heads,
+        "queries": queries,
+        "selected": selected,
+        "tokens": tokens,
+        "width": width,
+        "scale": scale * _LOG2E,
+        **_strides("query", query),
+        **_strides("key", key),
+        "padding_stride": tokens,
+        "index_stride": index_stride,
         "INDEXED": query_index is not None,
         "BY_HEAD": head_index is not None,
         "PADDED": key_padding_mask is not None,
@@ -260,10 +273,16 @@ def launch(
     fits = kept and loads * block * block_width * size <= chosen["most_bytes"]
     with torch.cuda.device_of(key):
         if block <= longest("attention_scores", key.device) and fits:
-            _at_once(scores, factor, heads, selected, common, kinds, block, chosen)
+            _at_once(scores, factor, common, block, chosen)
         else:
-            _in_turns(scores, factor, heads, selected, common, kinds)
+            _in_turns(scores, factor, common)
     return scores
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    # of (B, H, tokens, D), as the kernels name them
+    ends = ("batch_stride", "head_stride", "stride", "feature_stride")
+    return {f"{name}_{end}": step for end, step in zip(ends, x.stride(), strict=True)}
 
 
 def _divisor(query: Tensor, key: Tensor) -> int:
@@ -276,13 +295,9 @@ def _divisor(query: Tensor, key: Tensor) -> int:
     return 1 if any(step % _DIVISOR for step in steps) else _DIVISOR
 
 
-def _at_once(
-    scores: Tensor, factor: float, heads: int, selected: int, common: tuple, kinds: dict,
-    block: int, chosen: dict,
-) -> None:  # fmt: skip
+def _at_once(scores: Tensor, factor: float, common: dict, block: int, chosen: dict) -> None:
     """Writes the sums of keys that are read once."""
-    inputs, sizes = common
-    batch = scores.shape[0]
+    batch, heads, selected = scores.shape[0], common["heads"], common["selected"]
     samples = turns.samples_apart(scores, heads, batch, scores.itemsize, turns.SCRATCH)
     each = min(samples or batch, batch)
     every = [
@@ -291,10 +306,10 @@ def _at_once(
     ]
     sums = turns.Sums(scores, every, samples > 0, factor, scores.dtype)
     for turn in every:
-        to, programs, (apart, stride, _, own_factor) = sums.place(turn)
-        attention_scores_kernel[(turn.samples, programs)](
-            *(*inputs, to, *sizes, turn.sample, apart, stride, own_factor),
-            **kinds,
+        attention_scores_kernel[(turn.samples, sums.programs(turn))](
+            **common,
+            **sums.place(turn),
+            first_sample=turn.sample,
             BLOCK=block,
             BLOCK_ROWS=chosen["rows"],
             num_stages=chosen["num_stages"],
@@ -303,18 +318,15 @@ def _at_once(
         sums.add_up(turn)
 
 
-def _in_turns(
-    scores: Tensor, factor: float, heads: int, selected: int, common: tuple, kinds: dict
-) -> None:
+def _in_turns(scores: Tensor, factor: float, common: dict) -> None:
     """Writes the sums of longer keys, by the statistics of rows."""
-    inputs, sizes = common
     batch, tokens = scores.shape[0], scores.shape[-1]
-    key = inputs[1]
-    of_features = triton.cdiv(key.shape[3], kinds["BLOCK_WIDTH"])  # blocks
-    of_rows = setting("attention_scores.row_statistics", key.device, of_features)
-    of_columns = setting("attention_scores.column_sums", key.device, of_features)
+    heads, selected = common["heads"], common["selected"]
+    of_features = triton.cdiv(common["width"], common["BLOCK_WIDTH"])  # blocks
+    of_rows = setting("attention_scores.row_statistics", scores.device, of_features)
+    of_columns = setting("attention_scores.column_sums", scores.device, of_features)
     blocks = triton.cdiv(tokens, of_columns["tokens"])
-    of_splits = setting("attention_scores.splits", key.device)
+    of_splits = setting("attention_scores.splits", scores.device)
     splits = 2 ** (max(tokens // of_splits["tokens"], 1).bit_length() - 1)
     splits = min(splits, of_splits["splits"])
     split_tokens = triton.cdiv(triton.cdiv(tokens, of_rows["tokens"]), splits) * of_rows["tokens"]
@@ -325,21 +337,26 @@ def _in_turns(
     stats = scores.new_empty((largest.samples * largest.heads * splits * largest.rows, 2))
     sums = turns.Sums(scores, every, samples > 0, factor, scores.dtype)
     for turn in every:
-        place = (turn.sample, turn.head, turn.row, turn.rows)
+        of_turn = {
+            "stats": stats,
+            "first_sample": turn.sample,
+            "first_head": turn.head,
+            "first_row": turn.row,
+            "rows": turn.rows,
+            "SPLITS": splits,
+        }
         of_statistics = _blocks(of_rows, selected)
         number = triton.cdiv(turn.rows, of_statistics["BLOCK_ROWS"])
         row_statistics_kernel[(number * splits, turn.heads, turn.samples)](
-            *(*inputs, stats, *sizes, *place, split_tokens),
-            **kinds,
-            **of_statistics,
-            SPLITS=splits,
+            **common, **of_turn, split_tokens=split_tokens, **of_statistics
         )
-        to, programs, how = sums.place(turn)
-        column_sums_kernel[(blocks, programs, turn.samples)](
-            *(*inputs, stats, to, *sizes, *place, turn.heads, *how),
-            **kinds,
+        column_sums_kernel[(blocks, sums.programs(turn), turn.samples)](
+            **common,
+            **of_turn,
+            **sums.place(turn),
+            turn_heads=turn.heads,
+            adds=sums.adds(turn),
             **_blocks(of_columns, selected),
-            SPLITS=splits,
         )
         sums.add_up(turn)
 

@@ -48,7 +48,7 @@ def threshold_of_row(found, take, steps):
 def count_digits_kernel(
     values,  # (B, N): scores, or noise for ORDER 1
     padding,  # (B, N) bytes, for PADDED
-    member,  # (B, N) bytes: what goes first, for FIRST; what is chosen, for ORDER 1
+    mask,  # (B, N) bytes: what goes first, for FIRST; what is chosen, for ORDER 1
     found,  # (B, orders, 4, 256): how many keys of a row have each digit
     row_numbers,  # (B,), for COUNT 2
     tokens,  # N
@@ -79,7 +79,7 @@ def count_digits_kernel(
     here = tl.zeros([256], tl.int32)
     for start in range(begin, end, BLOCK):
         key, eligible = keys_of_chunk(
-            values, row * values_stride, padding, row * padding_stride, member, row * tokens, start,
+            values, row * values_stride, padding, row * padding_stride, mask, row * tokens, start,
             end, PADDED, RANDOM if ORDER == 1 else 0, FIRST if ORDER == 0 else False, ORDER == 1,
             BLOCK,
         )  # fmt: skip
@@ -91,7 +91,7 @@ def count_digits_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def count_parts_kernel(
-    values, padding, member, found, parts, row_numbers, tokens, tokens_of_part, width_masked,
+    values, padding, mask, found, parts, row_numbers, tokens, tokens_of_part, width_masked,
     values_stride, padding_stride, number, ratio, second,
     ORDER: tl.constexpr, COUNT: tl.constexpr, RANDOM: tl.constexpr, PADDED: tl.constexpr,
     FIRST: tl.constexpr, BLOCK: tl.constexpr,
@@ -114,14 +114,14 @@ def count_parts_kernel(
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         key, eligible = keys_of_chunk(
-            values, row * values_stride, padding, row * padding_stride, member, row * tokens, start,
+            values, row * values_stride, padding, row * padding_stride, mask, row * tokens, start,
             end, PADDED, RANDOM if ORDER == 1 else 0, FIRST if ORDER == 0 else False, ORDER == 1,
             BLOCK,
         )  # fmt: skip
         inside = token < end
         chosen = eligible & (key > kth)
         if ORDER == 1 and RANDOM == 1:
-            chosen |= tl.load(member + row * tokens + token, mask=inside, other=0) != 0
+            chosen |= tl.load(mask + row * tokens + token, mask=inside, other=0) != 0
         if PADDED:
             inside &= tl.load(padding + row * padding_stride + token, mask=inside, other=1) == 0
         sure += tl.sum(chosen.to(tl.int32))
@@ -144,12 +144,12 @@ def parts_before(parts, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def mark_chosen_kernel(
-    values, padding, member, found, parts, row_numbers, tokens, tokens_of_part, width_masked,
+    values, padding, mask, found, parts, row_numbers, tokens, tokens_of_part, width_masked,
     values_stride, padding_stride, number, ratio, second,
     COUNT: tl.constexpr, RANDOM: tl.constexpr, PADDED: tl.constexpr, FIRST: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes what the scores choose into `member`, for a random share to follow."""
+    """Writes what the scores choose into `mask`, for a random share to follow."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * tokens_of_part
     end = tl.minimum(begin + tokens_of_part, tokens)
@@ -163,12 +163,12 @@ def mark_chosen_kernel(
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         key, eligible = keys_of_chunk(
-            values, row * values_stride, padding, row * padding_stride, member, row * tokens, start,
+            values, row * values_stride, padding, row * padding_stride, mask, row * tokens, start,
             end, PADDED, 0, FIRST, False, BLOCK,
         )  # fmt: skip
         chosen, ties = chosen_of_chunk(key, eligible, kth, left, ties)
         tl.debug_barrier()  # what goes first is read before it is written over
-        tl.store(member + row * tokens + token, chosen.to(tl.uint8), mask=token < end)
+        tl.store(mask + row * tokens + token, chosen.to(tl.uint8), mask=token < end)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -235,55 +235,46 @@ def takes(scores: Tensor, tokens: int) -> bool:
 
 
 def launch(
-    inputs: tuple[Tensor, Tensor, Tensor],  # scores, padding, noise: (B, N), rows dense
-    row_numbers: Tensor,
-    outputs: tuple[Tensor, ...],  # the mask's bytes, and the other fields of TokenSelection
-    sizes: tuple[int, ...],  # N, V, K, strides of the inputs
-    counts: tuple[int, int, int],  # number, bits of ratio and second
-    kinds: dict[str, int],  # COUNT, RANDOM, PADDED, FIRST
+    orders: tuple[tuple[Tensor, int], ...],  # (B, N) scores, and noise for a random share; strides
+    common: dict[str, Tensor | int],  # arguments of all kernels, as they name them
+    outputs: dict[str, Tensor],  # the fields of TokenSelection but the mask
 ) -> None:
-    """Writes the outputs; for FIRST the mask's bytes say what goes first."""
-    scores, padding, noise = inputs
-    mask, *ids = outputs
-    tokens, width_visible, width_masked, scores_stride, padding_stride, noise_stride = sizes
+    """Writes the outputs and the mask, whose bytes say what goes first for FIRST."""
+    scores, tokens = orders[0][0], common["tokens"]
     chosen = setting("select_tokens.few", scores.device)
     block, batch = chosen["block"], scores.shape[0]
     parts = max(chosen["programs"] // batch, 1)
     tokens_of_part = triton.cdiv(triton.cdiv(tokens, parts), block) * block
     parts = triton.cdiv(tokens, tokens_of_part)
-    orders = ((scores, scores_stride), (noise, noise_stride))[: 2 if kinds["RANDOM"] else 1]
-    kinds = {**kinds, "BLOCK": block, **options(chosen["num_warps"], fused=False)}
-    with_parts = {**kinds, "PARTS": triton.next_power_of_2(parts)}
     most = max(turns.SCRATCH // (4 * (1024 * len(orders) + 3 * parts)), 1)  # rows at a time
     digits = scores.new_empty((min(most, batch), len(orders), 4, 256), dtype=torch.int32)
-    of_parts = scores.new_empty((3, min(most, batch), parts), dtype=torch.int32)
+    of_parts = {
+        "parts": scores.new_empty((3, min(most, batch), parts), dtype=torch.int32),
+        "PARTS": triton.next_power_of_2(parts),
+    }
     for start in range(0, batch, most):
         rows = slice(start, start + most)
         grid = (min(most, batch - start), parts)
         digits.zero_()
-        numbers = row_numbers[rows]
-        common = (padding[rows], mask[rows], digits)
-        lengths = (tokens, tokens_of_part, width_masked)
+        of_rows = {
+            **common,
+            **{name: common[name][rows] for name in ("padding", "row_numbers", "mask")},
+            "found": digits,
+            "tokens_of_part": tokens_of_part,
+            "BLOCK": block,
+            **options(chosen["num_warps"], fused=False),
+        }
         for order, (values, stride) in enumerate(orders):
-            of_order = (*lengths, stride, padding_stride, *counts)
+            of_order = {**of_rows, "values": values[rows], "values_stride": stride}
             for step in range(4):
-                count_digits_kernel[grid](
-                    *(values[rows], *common, numbers, *of_order, step),
-                    **kinds,
-                    ORDER=order,
-                )
-            count_parts_kernel[grid](
-                *(values[rows], *common, of_parts, numbers, *of_order),
-                **kinds,
-                ORDER=order,
-            )
+                count_digits_kernel[grid](**of_order, step=step, ORDER=order)
+            count_parts_kernel[grid](**of_order, parts=of_parts["parts"], ORDER=order)
             if order + 1 < len(orders):
-                mark_chosen_kernel[grid](
-                    *(values[rows], *common, of_parts, numbers, *of_order), **with_parts
-                )
+                mark_chosen_kernel[grid](**of_order, **of_parts)
         write_parts_kernel[grid](
-            *(values[rows], *common, of_parts, numbers, *(x[rows] for x in ids)),
-            *(tokens, tokens_of_part, width_visible, width_masked, *of_order[3:]),
-            **with_parts,
+            **of_order,
+            **of_parts,
+            **{name: x[rows] for name, x in outputs.items()},
+            width_visible=outputs["ids_visible"].shape[1],
             ORDER=len(orders) - 1,
         )

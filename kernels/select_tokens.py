@@ -183,25 +183,43 @@ def launch(
     scores, scores_stride = rows_of(scores, scores)
     padding, padding_stride = rows_of(key_padding_mask, mask.view(torch.uint8))
     noise, noise_stride = rows_of(noise, scores)
-    inputs = (scores, padding, noise)
-    row_numbers = num_visible if num_masked_rows is None else num_masked_rows.contiguous()
-    mask_bytes = mask.view(torch.uint8)
-    outputs = (mask_bytes, *result[1:])
-    sizes = (tokens, width_visible, width_masked, scores_stride, padding_stride, noise_stride)
-    counts = (num_masked or 0, float_bits(mask_ratio), float_bits(second))
-    kinds = {
+    common = {  # of all kernels
+        "padding": padding,
+        "row_numbers": num_visible if num_masked_rows is None else num_masked_rows.contiguous(),
+        "mask": mask.view(torch.uint8),
+        "tokens": tokens,
+        "width_masked": width_masked,
+        "padding_stride": padding_stride,
+        "number": num_masked or 0,
+        "ratio": float_bits(mask_ratio),
+        "second": float_bits(second),
         "COUNT": by,
         "RANDOM": share,
         "PADDED": key_padding_mask is not None,
         "FIRST": first is not None,
     }
+    outputs = {
+        "ids_visible": ids_visible,
+        "ids_masked": ids_masked,
+        "ids_restore": ids_restore,
+        "num_visible": num_visible,
+        "num_masked": num_chosen,
+    }
     with torch.cuda.device_of(scores):
         if not in_row and select_few.takes(scores, tokens):
-            select_few.launch(inputs, row_numbers, outputs, sizes, counts, kinds)
+            orders = ((scores, scores_stride), (noise, noise_stride))
+            orders = orders[:1] if share == NONE else orders
+            select_few.launch(orders, common, outputs)
             return result
         kernel[(batch,)](
-            *(*inputs, row_numbers, mask_bytes, *outputs, *sizes, *counts),
-            **kinds,
+            scores=scores,
+            scores_stride=scores_stride,
+            noise=noise,
+            noise_stride=noise_stride,
+            first=common["mask"],
+            width_visible=width_visible,
+            **common,
+            **outputs,
             **in_registers("select_tokens", scores.device, tokens),
         )
     return result

@@ -110,19 +110,23 @@ class Sums:
             number = largest.samples * largest.heads * scores.shape[-1]
             self.parts = scores.new_empty(number, dtype=dtype)
 
-    def place(self, turn: Turn) -> tuple[Tensor, int, tuple[int, int, int, float]]:
-        """Returns where a turn's kernel writes, the programs along its heads, and the arguments.
+    def programs(self, turn: Turn) -> int:
+        """Returns how many programs a turn's kernel has along its heads."""
+        return turn.heads if self.alone else 1
 
-        These are whether heads are apart, the stride of samples, whether it adds, and the factor.
-        """
-        heads = turn.heads if self.alone else 1
+    def place(self, turn: Turn) -> dict[str, Tensor | int | float]:
+        """Returns where a turn's kernel writes its sums, as the kernels name these arguments."""
         if self.parts is not None:
-            to = self._parts(turn)
-            return to, heads, (1, to.stride(0), 0, 1.0)
-        to = self._out(turn)
-        to = to[:, turn.head :] if self.alone else to
-        adds, factor = int(self._begun(turn)), self._own_factor(turn)
-        return to, heads, (int(self.alone), to.stride(0), adds, factor)
+            out, factor = self._parts(turn), 1.0
+        else:
+            out, factor = self._out(turn), self._own_factor(turn)
+            out = out[:, turn.head :] if self.alone else out
+        apart = int(self.alone)
+        return {"out": out, "heads_apart": apart, "out_stride": out.stride(0), "factor": factor}
+
+    def adds(self, turn: Turn) -> int:
+        """Returns whether a turn's kernel adds to what is there, as 1 or 0."""
+        return int(self.parts is None and self._begun(turn))
 
     def add_up(self, turn: Turn) -> None:
         """Adds up a turn's sums of heads, where they are apart, in their order."""

@@ -110,6 +110,23 @@ def test_many_rows_of_a_head_are_shared(emulated, monkeypatch, tmp_path):
         torch.testing.assert_close(found, call("attention_scores", alone), rtol=1e-5, atol=1e-6)
 
 
+def test_blocks_that_run_at_once(emulated, monkeypatch, tmp_path):
+    """Two parts of a GPU, of 12 multiprocessors each, have no room for three clusters of 8."""
+    parts = os.environ.get("SMA_EMULATED_MULTIPROCESSORS") == "24"
+    inputs = attention_inputs(FLOAT, batch=3, heads=8, queries=5, tokens=70)
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        found = call("attention_scores", inputs)
+    assert blocks == [3 * 4 if parts else 3]
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        sma_fast.select_tokens(found.repeat(1, 250), mask_ratio=0.3)
+    assert blocks == [3 * 4 if parts else 3]
+    with noted(tmp_path / "launches", monkeypatch) as blocks:
+        sma_fast.random_masking(torch.randn(3, 256, 256), 0.5)
+    assert blocks == [3 * 4 if parts else 3]
+    with sma_fast.use_backend("reference"):
+        torch.testing.assert_close(found, call("attention_scores", inputs), rtol=1e-5, atol=1e-6)
+
+
 def test_many_rows_have_the_whole_gpu(emulated, monkeypatch, tmp_path):
     """Not a cluster of the few blocks that hold the keys of a sample; the same bits in a batch."""
     options = {"heads": 9, "queries": 240, "tokens": 1060}

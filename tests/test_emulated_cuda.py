@@ -387,6 +387,11 @@ def test_the_kernels_of_gpus_without_room_for_large_clusters():
     run_kernels(files, some, SMA_EMULATED_CLUSTER="8")
 
 
+def test_clusters_of_gpus_in_small_parts():
+    parts = {"SMA_EMULATED_MULTIPROCESSORS": "24", "SMA_EMULATED_CLUSTER": "12"}
+    run_kernels(["tests/test_cuda_launches.py"], "test_blocks_that_run_at_once", **parts)
+
+
 OF_OTHER_ORDERS = (  # rows of a warp, of a block and of a cluster; heads and keys that are shared
     "cuda-emulated and (test_literal or test_cases and (float32 or bfloat16)"
     " or test_is_the_three_ops_in_a_row or test_drawn_tokens_of_long_rows or test_many_blocks"

@@ -10,16 +10,17 @@ namespace {
 
 __global__ void asked_kernel() {}
 
-// Whether so many blocks can run as a cluster, each with a multiprocessor of its own.
-bool can_cluster(const DeviceLimits& limits, unsigned blocks) {
+// What clusters_at_once says, of blocks that take as much shared memory as leaves room for the
+// others, and nothing else that is scarce.
+int ask_clusters(const DeviceLimits& limits, unsigned blocks, unsigned together) {
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = blocks;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(1024);
-  config.dynamicSmemBytes = static_cast<size_t>(limits.shared_bytes);
+  config.blockDim = dim3(kWarp);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_room(limits, together));
   config.attrs = &cluster;
   config.numAttrs = 1;
   const auto allow = [](cudaFuncAttribute attribute, int value) {
@@ -28,9 +29,10 @@ bool can_cluster(const DeviceLimits& limits, unsigned blocks) {
   int clusters = 0;
   if (!allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ||
       !allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes) ||
+      !allow(cudaFuncAttributePreferredSharedMemoryCarveout, 100) ||
       cudaOccupancyMaxActiveClusters(&clusters, asked_kernel, &config) != cudaSuccess)
     cudaGetLastError();  // an answer too, and nobody else's error
-  return clusters > 0;
+  return clusters;
 }
 
 DeviceLimits ask(int device) {
@@ -43,8 +45,12 @@ DeviceLimits ask(int device) {
                                    device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, asked_kernel);
   limits.major = code.ptxVersion / 10;
-  if (error == cudaSuccess && limits.major >= 9)
-    limits.large_clusters = can_cluster(limits, kLargeCluster);
+  for (unsigned together = 1; together <= kMostTogether; ++together)
+    for (unsigned size = 0; size < kClusterSizes && error == cudaSuccess; ++size)
+      limits.clusters[together - 1][size] =
+          size == 0           ? limits.multiprocessors * static_cast<int>(together)
+          : limits.major >= 9 ? ask_clusters(limits, 1u << size, together)
+                              : 0;
   return limits;
 }
 

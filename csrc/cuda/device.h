@@ -25,6 +25,8 @@ __host__ __device__ constexpr T ceil_div(T whole, T part) {
 constexpr int kWarp = 32;
 constexpr unsigned kPortableCluster = 8;  // blocks, on every GPU that has clusters
 constexpr unsigned kLargeCluster = 16;    // blocks, on those with `large_clusters`
+constexpr unsigned kClusterSizes = 5;     // 1, 2, ... kLargeCluster
+constexpr unsigned kMostTogether = 2;     // blocks of a multiprocessor, as kernels are sized
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kSharedAlignment = 128;  // bytes: addresses whose lower bits are flipped begin there
 
@@ -225,8 +227,18 @@ struct Grid {
 // there: an older one than the device's where the driver compiled it from PTX.
 struct DeviceLimits {
   int multiprocessors, shared_bytes, major;
-  bool large_clusters;  // of kLargeCluster blocks
+  int clusters[kMostTogether][kClusterSizes];  // as clusters_at_once says
   cudaError_t error;
+
+  // How many clusters of so many blocks, a power of 2, run at once where as many blocks as
+  // `together` share a multiprocessor. Clusters lie in parts of the GPU that are not all as large,
+  // so these may have fewer blocks than there are multiprocessors. 0: none does.
+  int64_t clusters_at_once(int64_t blocks, unsigned together = 1) const {
+    unsigned size = 0;
+    while (int64_t{1} << size < blocks) ++size;
+    return clusters[together - 1][size];
+  }
+  bool large_clusters() const { return clusters_at_once(kLargeCluster) > 0; }
 };
 DeviceLimits limits_of(int device);
 

@@ -151,7 +151,7 @@ int copy_visible(const RandomMaskingArgs& a, const Place& place) {
 int64_t blocks_of_sample(const GatherTokensArgs& a, const DeviceLimits& limits) {
   int64_t blocks = 1;
   if (limits.major < 9) return blocks;
-  while (blocks < kPortableCluster && a.batch * blocks * 2 <= limits.multiprocessors &&
+  while (blocks < kPortableCluster && a.batch <= limits.clusters_at_once(blocks * 2) &&
          a.visible * a.row_bytes >= blocks * 2 * kPartBytes)
     blocks *= 2;
   return blocks;

@@ -29,7 +29,7 @@ __host__ __device__ constexpr int pass_tiles(int key_tiles) {
 }
 // Blocks that share a multiprocessor's registers. Code for GPUs from 10.0 on needs more of them.
 constexpr unsigned score_blocks(int type, int major) {
-  return type != kFloat32 && major < 10 ? 2 : 1;
+  return type != kFloat32 && major < 10 ? kMostTogether : 1;
 }
 #ifdef __CUDA_ARCH__
 constexpr int kScoreMajor = __CUDA_ARCH__ / 100;

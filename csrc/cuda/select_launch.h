@@ -65,11 +65,11 @@ inline int64_t blocks_of_row(const SelectTokensArgs& a, const DeviceLimits& limi
     return std::max(blocks, int64_t{1});
   }
   while (blocks < kPortableCluster && a.tokens > blocks * most_held) blocks *= 2;
-  while (blocks < kPortableCluster && a.batch * blocks * 2 <= limits.multiprocessors &&
+  while (blocks < kPortableCluster && a.batch <= limits.clusters_at_once(blocks * 2) &&
          a.tokens >= blocks * kLeastPart)
     blocks *= 2;
   const bool large = a.tokens > kPortableCluster * kLargePart;
-  return large && limits.large_clusters ? kLargeCluster : blocks;
+  return large && limits.large_clusters() ? kLargeCluster : blocks;
 }
 
 inline unsigned threads_of(int64_t part, int major) {

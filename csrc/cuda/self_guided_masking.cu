@@ -69,9 +69,9 @@ Plan plan_of(const AttentionScoresArgs& a, unsigned blocks, bool shares_keys, in
 // not depend on the batch. `selects`: tokens are selected and gathered too.
 Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool selects) {
   if (std::max(a.selected, a.heads) > kMostListed) return {};
-  const unsigned most_blocks = limits.large_clusters ? kLargeCluster
-                               : limits.major >= 9   ? kPortableCluster
-                                                     : 1;
+  const unsigned most_blocks = limits.large_clusters() ? kLargeCluster
+                               : limits.major >= 9     ? kPortableCluster
+                                                       : 1;
   const bool apart = a.reduce == kNone;
   const bool many_rows = a.head_index == nullptr && a.selected >= kManyRows;
   const int most_groups = many_rows ? kMostGroups : kFewGroups;
@@ -104,8 +104,8 @@ Plan plan_of(const AttentionScoresArgs& a, const DeviceLimits& limits, bool sele
   for (unsigned blocks = 2; blocks <= most; blocks *= 2) {
     const Plan more = plan_for(blocks, false, plan.memory.row_tiles);
     const bool alone = static_cast<int64_t>(more.bytes) > shared_room(limits, most_together);
-    const int64_t at_once = limits.multiprocessors * int64_t{alone ? 1 : most_together};
-    if (more.warps == 0 || a.batch * blocks > at_once) break;
+    if (more.warps == 0 || a.batch > limits.clusters_at_once(blocks, alone ? 1 : most_together))
+      break;
     plan = more;
   }
   return plan;

@@ -1,6 +1,7 @@
 // What the runtime refuses, as a GPU of compute capability 9.0 does, or another that is asked for.
 #include "emulated_cuda.h"
 
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -28,7 +29,7 @@ int multiprocessors() {
   return given == nullptr ? 4 : std::atoi(given);
 }
 
-// SMA_EMULATED_CLUSTER=8 makes it one without room for larger clusters.
+// SMA_EMULATED_CLUSTER=8 makes it one of parts with 8 multiprocessors, in which clusters lie.
 unsigned most_cluster() {
   const char* given = std::getenv("SMA_EMULATED_CLUSTER");
   return given == nullptr ? 16 : static_cast<unsigned>(std::atoi(given));
@@ -185,8 +186,18 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config) {
-  const unsigned most = attributes_of(kernel).large_clusters ? most_cluster() : kPortableCluster;
-  *clusters = arch() >= 90 && config->attrs[0].val.clusterDim.x <= most;
+  const Attributes allowed = attributes_of(kernel);
+  const unsigned most = allowed.large_clusters ? most_cluster() : kPortableCluster;
+  const unsigned blocks = config->attrs[0].val.clusterDim.x;
+  *clusters = 0;
+  if (arch() < 90 || blocks > most || config->dynamicSmemBytes > allowed.shared) return cudaSuccess;
+  const size_t reserved = 1 << 10;
+  const size_t of_each =
+      (static_cast<size_t>(most_shared()) + reserved) / (config->dynamicSmemBytes + reserved);
+  const size_t all = static_cast<size_t>(multiprocessors()), part = most_cluster();
+  const size_t found = all / part * (part * of_each / blocks) + all % part * of_each / blocks;
+  // one runs in any case, on the few multiprocessors that there are
+  *clusters = static_cast<int>(std::max<size_t>(found, of_each == 1));
   return cudaSuccess;
 }
 
