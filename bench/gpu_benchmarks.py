@@ -20,7 +20,7 @@ ONE_TYPE = "select_tokens or draw_queries or of_all_queries"
 FIXED = "fixed_cost or peak_memory or pretraining_step"
 # in bfloat16, with a batch that fills the GPU
 TARGETS = (
-    "bench_self_guided_masking and (protein or molecule)"
+    "bench_self_guided_masking and (protein or molecule) and not masking_drawn"
     " or bench_attention_scores and protein or bench_random_masking and vit"
     " or (bench_gather_tokens or bench_restore_tokens) and (vit or protein)"
 )
@@ -29,12 +29,14 @@ RUNS = (
     Run("targets", "bfloat16", "full", f"({TARGETS}) and not ({FIXED})"),
     Run(
         *("small batch", "bfloat16", "8"),
-        f"bench_self_guided_masking and (protein or molecule) and not ({FIXED})",
+        "bench_self_guided_masking and (protein or molecule)"
+        f" and not (masking_drawn or {FIXED})",
     ),
     Run("rows", "float32", None, "select_tokens_of_many"),
     Run("all queries", "float16", None, "of_all_queries"),
     Run("step", "bfloat16", "full", "pretraining_step_of_pictures"),
     Run("cuts", "float32", "full", "bench_bipartition"),
+    Run("small batch, drawn", "bfloat16", "8", "masking_drawn"),
     Run("bfloat16", "bfloat16", "full", f"not ({ONE_TYPE} or {FIXED} or {TARGETS})"),
     Run("float32", "float32", "full", f"not (of_many or of_all_queries or {FIXED} or bipartition)"),
     Run("fixed cost", "bfloat16", None, "bench_overhead"),
