@@ -29,8 +29,7 @@ RUNS = (
     Run("targets", "bfloat16", "full", f"({TARGETS}) and not ({FIXED})"),
     Run(
         *("small batch", "bfloat16", "8"),
-        "bench_self_guided_masking and (protein or molecule)"
-        f" and not (masking_drawn or {FIXED})",
+        f"bench_self_guided_masking and (protein or molecule) and not (masking_drawn or {FIXED})",
     ),
     Run("rows", "float32", None, "select_tokens_of_many"),
     Run("all queries", "float16", None, "of_all_queries"),

@@ -31,20 +31,27 @@ struct Ahead {
   }
 };
 
+// Features between which lines are asked for: a core stops at more than it can have on their way.
+constexpr int64_t kAskEvery = 4;
+
 // out[r][n] = q[r] . k[n] for kRows queries and kPanels panels of kLanes keys; best[r] = maximum.
 template <int kRows, int kPanels>
 inline void logits_tile(const float* queries, const float* keys, int64_t width, float* out,
-                        int64_t out_stride, Vf* best) {
+                        int64_t out_stride, Vf* best, Ahead* ahead, int64_t lines) {
   Vf sum[kRows][kPanels] = {};
-  for (int64_t d = 0; d < width; ++d) {
-    Vf key[kPanels];
+  for (int64_t begin = 0; begin < width; begin += kAskEvery) {
+    ahead->touch(lines);
+    const int64_t end = smaller(begin + kAskEvery, width);
+    for (int64_t d = begin; d < end; ++d) {
+      Vf key[kPanels];
 #pragma GCC unroll 8
-    for (int j = 0; j < kPanels; ++j) key[j] = load<Vf>(keys + (j * width + d) * kLanes);
+      for (int j = 0; j < kPanels; ++j) key[j] = load<Vf>(keys + (j * width + d) * kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vf query = splat(queries[d * kRows + i]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vf query = splat(queries[d * kRows + i]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kPanels; ++j) sum[i][j] += query * key[j];
+        for (int j = 0; j < kPanels; ++j) sum[i][j] += query * key[j];
+      }
     }
   }
 #pragma GCC unroll 16
@@ -62,22 +69,19 @@ void logits_rows(const float* queries, const float* keys, int64_t width, int64_t
   constexpr int kPanels = kRows * 8 <= 2 * kTileRows ? 8 : kRows * 4 <= 2 * kTileRows ? 4 : 2;
   Vf maxima[kRows];
   for (int i = 0; i < kRows; ++i) maxima[i] = splat(-kInfinity);
+  const int64_t turns = larger<int64_t>((width + kAskEvery - 1) / kAskEvery, 1);
+  const auto of_turn = [&](int panels) { return (lines * panels + turns - 1) / turns; };
+  const int64_t many = of_turn(kPanels), two = of_turn(2), one = of_turn(1);
   int64_t p = 0;
-  for (; p + kPanels <= panels; p += kPanels) {
-    ahead->touch(lines * kPanels);
+  for (; p + kPanels <= panels; p += kPanels)
     logits_tile<kRows, kPanels>(queries, keys + p * width * kLanes, width, out + p * kLanes,
-                                out_stride, maxima);
-  }
-  for (; kPanels > 2 && p + 2 <= panels; p += 2) {
-    ahead->touch(lines * 2);
+                                out_stride, maxima, ahead, many);
+  for (; kPanels > 2 && p + 2 <= panels; p += 2)
     logits_tile<kRows, 2>(queries, keys + p * width * kLanes, width, out + p * kLanes, out_stride,
-                          maxima);
-  }
-  for (; p < panels; ++p) {
-    ahead->touch(lines);
+                          maxima, ahead, two);
+  for (; p < panels; ++p)
     logits_tile<kRows, 1>(queries, keys + p * width * kLanes, width, out + p * kLanes, out_stride,
-                          maxima);
-  }
+                          maxima, ahead, one);
   for (int i = 0; i < kRows; ++i) best[i] = reduce_max(maxima[i]);
 }
 

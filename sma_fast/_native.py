@@ -121,7 +121,7 @@ def attention_scores(
         scale,
         _REDUCE[head_reduce],
         scores.data_ptr(),
-        (scratch.data_ptr(), scratch.numel()),
+        _span(scratch),
         _where(key),
     )
     return scores
@@ -300,7 +300,7 @@ def restore_tokens_backward(grad, ids_restore, num_visible, num_fill) -> tuple[T
         ids_restore.data_ptr(),
         grad_visible.data_ptr(),
         grad_fill.data_ptr(),
-        (scratch.data_ptr(), scratch.numel()),
+        _span(scratch),
         _where(grad),
     )
     return grad_visible, grad_fill
@@ -337,7 +337,7 @@ def self_guided_masking(
         scale,
         _REDUCE[head_reduce],
         scores.data_ptr(),
-        (scratch.data_ptr(), scratch.numel()),
+        _span(scratch),
         _address(noise),
         width_visible,
         width_masked,
@@ -498,10 +498,15 @@ def _attention(query, key, query_index, head_index, key_padding_mask) -> tuple:
     )
 
 
-def _strides(x: Tensor) -> list[int]:
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
     # one that is never taken must not keep rows from being read 16 bytes at a time
-    strides = [0 if x.shape[i] == 1 else x.stride(i) for i in range(3)]
-    return [*strides, x.stride(3) if x.shape[3] > 1 else 1]
+    (batch, heads, rows, width), strides = x.shape, x.stride()
+    return (
+        0 if batch == 1 else strides[0],
+        0 if heads == 1 else strides[1],
+        0 if rows == 1 else strides[2],
+        1 if width == 1 else strides[3],
+    )
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -557,7 +562,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _dense_rows(index: Tensor | None) -> Tensor | None:
     # any stride of samples: 0 where all have the same row
-    return index if index is None or index[:1].is_contiguous() else index.contiguous()
+    if index is None or index.is_contiguous() or index[:1].is_contiguous():
+        return index
+    return index.contiguous()
 
 
 def _row_stride(x: Tensor) -> int | None:
@@ -590,7 +597,7 @@ def _even_rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _backend(x: Tensor) -> str:
-    return x.device.type
+    return "cuda" if x.is_cuda else "cpu"
 
 
 def _where(x: Tensor) -> tuple[int, int]:
@@ -600,10 +607,16 @@ def _where(x: Tensor) -> tuple[int, int]:
     return -1, 1 if _in_fork else torch.get_num_threads()
 
 
-def _scratch(x: Tensor, needed: bool = True) -> Tensor:
+def _scratch(x: Tensor, needed: bool = True) -> Tensor | None:
     # for sums on a GPU: of attention's rows where no cluster holds the keys, of filled rows
-    size = _SCRATCH if needed and _backend(x) == "cuda" else 0
-    return torch.empty(size, dtype=torch.uint8, device=x.device)
+    if not needed or _backend(x) == "cpu":
+        return None
+    return torch.empty(_SCRATCH, dtype=torch.uint8, device=x.device)
+
+
+def _span(x: Tensor | None) -> tuple[int, int]:
+    # of bytes: where they begin, and how many
+    return (0, 0) if x is None else (x.data_ptr(), x.numel())
 
 
 def _count(op: str, x: Tensor) -> None:
