@@ -69,6 +69,7 @@ def bench_self_guided_masking(measure, settings, shape):
 
 @pytest.mark.parametrize("shape", ("protein", "molecule"))
 def bench_self_guided_masking_drawn(measure, settings, shape):
-    """As training calls it. No peers: theirs are timed above, with queries already drawn."""
+    """As training calls it; the peer's queries are drawn already."""
     case = set_up(settings, shape, drawn=True)
-    measure(dataclasses.replace(case, part="forward, drawn", peers={}))
+    eager = {"eager": case.peers["eager"]}
+    measure(dataclasses.replace(case, part="forward, drawn", peers=eager))

@@ -60,6 +60,7 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
 
     def record(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        # refuses an argument that is none of the kernel's: the interpreter leaves it out silently
         bound = inspect.signature(self.fn).bind(*args, **kwargs).arguments
         found.append(_launch(self, bound, options))
 

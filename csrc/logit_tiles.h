@@ -31,16 +31,21 @@ struct Ahead {
   }
 };
 
-// Features between which lines are asked for: a core stops at more than it can have on their way.
+// Lines that a tile asks for, some of them every kAskEvery features: a core that is asked for more
+// than it can have on their way stops.
 constexpr int64_t kAskEvery = 4;
+struct Asked {
+  int64_t lines, some;
+};
 
 // out[r][n] = q[r] . k[n] for kRows queries and kPanels panels of kLanes keys; best[r] = maximum.
 template <int kRows, int kPanels>
 inline void logits_tile(const float* queries, const float* keys, int64_t width, float* out,
-                        int64_t out_stride, Vf* best, Ahead* ahead, int64_t lines) {
+                        int64_t out_stride, Vf* best, Ahead* ahead, Asked asked) {
   Vf sum[kRows][kPanels] = {};
   for (int64_t begin = 0; begin < width; begin += kAskEvery) {
-    ahead->touch(lines);
+    ahead->touch(smaller(asked.some, asked.lines));
+    asked.lines -= asked.some;
     const int64_t end = smaller(begin + kAskEvery, width);
     for (int64_t d = begin; d < end; ++d) {
       Vf key[kPanels];
@@ -69,9 +74,11 @@ void logits_rows(const float* queries, const float* keys, int64_t width, int64_t
   constexpr int kPanels = kRows * 8 <= 2 * kTileRows ? 8 : kRows * 4 <= 2 * kTileRows ? 4 : 2;
   Vf maxima[kRows];
   for (int i = 0; i < kRows; ++i) maxima[i] = splat(-kInfinity);
-  const int64_t turns = larger<int64_t>((width + kAskEvery - 1) / kAskEvery, 1);
-  const auto of_turn = [&](int panels) { return (lines * panels + turns - 1) / turns; };
-  const int64_t many = of_turn(kPanels), two = of_turn(2), one = of_turn(1);
+  const auto asked = [&](int panels) {
+    const int64_t all = lines * panels;
+    return Asked{all, all * kAskEvery / larger<int64_t>(width, 1) + 1};
+  };
+  const Asked many = asked(kPanels), two = asked(2), one = asked(1);
   int64_t p = 0;
   for (; p + kPanels <= panels; p += kPanels)
     logits_tile<kRows, kPanels>(queries, keys + p * width * kLanes, width, out + p * kLanes,

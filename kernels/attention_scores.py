@@ -31,7 +31,7 @@ _OF_TURNS = [
 
 @triton.jit(do_not_specialize=_OF_TURNS)
 def attention_scores_kernel(
-    query,  # (B or 1, H, M, D)
+    query,  # (B, H, M, D)
     key,  # (B, H_kv, N, D)
     query_index,  # (B, R), for INDEXED
     head_index,  # (B, R), for BY_HEAD

@@ -117,6 +117,9 @@ def test_blocks_that_run_at_once(emulated, monkeypatch, tmp_path):
     with noted(tmp_path / "launches", monkeypatch) as blocks:
         found = call("attention_scores", inputs)
     assert blocks == [3 * 4 if parts else 3]
+    with noted(tmp_path / "launches", monkeypatch) as blocks:  # two on a multiprocessor
+        call("attention_scores", inputs | {x: inputs[x].to(HALF) for x in ("query", "key")})
+    assert blocks == [3 * 8 if parts else 3 * 2]
     with noted(tmp_path / "launches", monkeypatch) as blocks:
         sma_fast.select_tokens(found.repeat(1, 250), mask_ratio=0.3)
     assert blocks == [3 * 4 if parts else 3]

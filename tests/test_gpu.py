@@ -221,7 +221,7 @@ def test_kernels_get_the_device_and_torch_s_stream(monkeypatch):
     streams = {0: SimpleNamespace(cuda_stream=10), 3: SimpleNamespace(cuda_stream=13)}
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
     for number, stream in ((0, 10), (3, 13)):
-        x = SimpleNamespace(device=torch.device("cuda", number))
+        x = SimpleNamespace(device=torch.device("cuda", number), is_cuda=True)
         assert _native._where(x) == (number, stream)
 
 

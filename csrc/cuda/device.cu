@@ -44,13 +44,14 @@ DeviceLimits ask(int device) {
     error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                    device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, asked_kernel);
+  if (error != cudaSuccess) return limits;
   limits.major = code.ptxVersion / 10;
-  for (unsigned together = 1; together <= kMostTogether; ++together)
-    for (unsigned size = 0; size < kClusterSizes && error == cudaSuccess; ++size)
-      limits.clusters[together - 1][size] =
-          size == 0           ? limits.multiprocessors * static_cast<int>(together)
-          : limits.major >= 9 ? ask_clusters(limits, 1u << size, together)
-                              : 0;
+  for (unsigned together = 1; together <= kMostTogether; ++together) {
+    int* const clusters = limits.clusters[together - 1];
+    clusters[0] = limits.multiprocessors * static_cast<int>(together);
+    for (unsigned size = 1; size < kClusterSizes && limits.major >= 9; ++size)
+      clusters[size] = ask_clusters(limits, 1u << size, together);
+  }
   return limits;
 }
 

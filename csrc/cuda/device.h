@@ -236,7 +236,7 @@ struct DeviceLimits {
   int64_t clusters_at_once(int64_t blocks, unsigned together = 1) const {
     unsigned size = 0;
     while (int64_t{1} << size < blocks) ++size;
-    return clusters[together - 1][size];
+    return size < kClusterSizes ? clusters[together - 1][size] : 0;
   }
   bool large_clusters() const { return clusters_at_once(kLargeCluster) > 0; }
 };

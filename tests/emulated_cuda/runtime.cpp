@@ -32,7 +32,8 @@ int multiprocessors() {
 // SMA_EMULATED_CLUSTER=8 makes it one of parts with 8 multiprocessors, in which clusters lie.
 unsigned most_cluster() {
   const char* given = std::getenv("SMA_EMULATED_CLUSTER");
-  return given == nullptr ? 16 : static_cast<unsigned>(std::atoi(given));
+  if (given != nullptr) return static_cast<unsigned>(std::atoi(given));
+  return arch() >= 120 ? kPortableCluster : 16;
 }
 
 // SMA_EMULATED_DEVICES=2 makes it two.
