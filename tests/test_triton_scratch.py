@@ -94,7 +94,7 @@ SUMS = (
 )
 
 
-@pytest.mark.parametrize("tokens, scratch", ((16, 1 << 20), (24, 1 << 20), (24, 150)))
+@pytest.mark.parametrize("tokens, scratch", ((16, 1 << 20), (24, 1 << 20), (24, 250)))
 @pytest.mark.parametrize("options", SUMS, ids=str)
 def test_attention_scores_in_turns(small, monkeypatch, options, scratch, tokens):
     """Whatever the scratch memory, the answer; whatever the batch, the same bits."""
@@ -107,7 +107,7 @@ def test_attention_scores_in_turns(small, monkeypatch, options, scratch, tokens)
     assert_same_bits_whatever_the_batch("attention_scores", inputs, scores, monkeypatch)
 
 
-@pytest.mark.parametrize("tokens, scratch", ((16, 1 << 20), (24, 150)))
+@pytest.mark.parametrize("tokens, scratch", ((16, 1 << 20), (24, 250)))
 @pytest.mark.parametrize("options", SUMS[2:4], ids=str)
 @pytest.mark.parametrize("logits", (False, True))
 def test_aggregate_attention_in_turns(small, monkeypatch, options, scratch, tokens, logits):

@@ -245,7 +245,7 @@ _GUIDED = {
     "one token": {"tokens": 1, "num_queries": 2},
     "63 tokens": {"tokens": 63, "num_queries": 2},
     "1000 tokens": {"tokens": 1000, "num_queries": 5, "mask_ratio": 0.15, "heads": 3},
-    "long": {"tokens": 20_001, "batch": 1, "num_queries": 3, "width": 4, "trailing": (2,)},
+    "long": {"tokens": 10_001, "batch": 1, "num_queries": 3, "width": 4, "trailing": (2,)},
     "17 queries": {"queries": 40, "num_queries": 17, "tokens": 65, "width": 33},
     "no token tensors' width": {"trailing": (), "num_queries": 2},
     "many token tensors": {"many": True, "num_queries": 2, "padding": "scattered"},
