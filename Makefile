@@ -24,11 +24,11 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h'
 demo: .venv/installed
 	$(BIN)/sma-fast demo --out $(DEMO_OUT)
 
-# what is for GPUs (Triton's interpreter, the emulator of CUDA, their compilers), which takes half of
-# the time, in a process beside; what is compiled for one architecture is with the rest
+# what runs GPUs' kernels (Triton's interpreter, the emulator of CUDA), which takes half of the time,
+# in a process beside
 TEST = TRITON_INTERPRET=1 \
     SMA_FAST_REQUIRE=cpu,triton,emulated,peers,build,train$(GOLDEN)$(NVCC) $(BIN)/pytest
-KERNELS = interpreted or emulated or compiled
+KERNELS = interpreted or emulated
 test: .venv/installed
 	$(TEST) -m "$(KERNELS)" -p no:cacheprovider & $(TEST) -m "not ($(KERNELS))"; rest=$$?; wait $$! && exit $$rest
 

@@ -130,7 +130,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "one_instruction_set: run the CPU's best one only")
     config.addinivalue_line("markers", "interpreted: runs in Triton's interpreter, given by itself")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU")
-    config.addinivalue_line("markers", "compiled: compiles kernels for GPUs that are not here")
     config.addinivalue_line("markers", "not_interpreted: Triton's interpreter would take minutes")
     config.addinivalue_line("markers", "on_gpu: runs on the GPU, where there is one")
     config.addinivalue_line("markers", "large: takes much of a GPU's memory, one at a time")

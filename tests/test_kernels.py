@@ -76,10 +76,7 @@ def rows(ended: subprocess.CompletedProcess, spills: int = 0) -> list[tuple[str,
     return [(name, architecture) for name, architecture, *_ in found]
 
 
-# one goes with the half of `make test` that is done sooner
-@pytest.mark.parametrize(
-    "architecture", (80, *(pytest.param(x, marks=pytest.mark.compiled) for x in (90, 100)))
-)
+@pytest.mark.parametrize("architecture", (80, 90, 100))
 def test_triton_kernels_compile_without_spills(architecture: int) -> None:
     """In the variants that the benchmarks' shapes start."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -104,7 +101,6 @@ def nvcc() -> str:
     return found
 
 
-@pytest.mark.compiled
 def test_cuda_kernels_compile_without_spills(nvcc: str) -> None:
     """For 80, 90a and the newest: every kernel of every source."""
     found = rows(reported("cuda"))

@@ -29,7 +29,8 @@ int multiprocessors() {
   return given == nullptr ? 4 : std::atoi(given);
 }
 
-// SMA_EMULATED_CLUSTER=8 makes it one of parts with 8 multiprocessors, in which clusters lie.
+// SMA_EMULATED_CLUSTER=8 makes it one of parts with 8 multiprocessors, in which clusters lie; else
+// these have 16, and 8 from 12.0 on.
 unsigned most_cluster() {
   const char* given = std::getenv("SMA_EMULATED_CLUSTER");
   if (given != nullptr) return static_cast<unsigned>(std::atoi(given));
